@@ -1,0 +1,39 @@
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help:  ## Say what can be made
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+# The stamp is written last, so an interrupted installation starts again.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,demo]'
+	touch $@
+
+demo: $(INSTALLED)  ## Train a small language model; options go into ARGS="..."
+	$(BIN)/python examples/train_lm.py $(ARGS)
+
+check: $(INSTALLED)  ## Lint, types, import directions and layout
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+# The second run has Triton's interpreter on, which must be decided before Triton is imported.
+test: check  ## The checks, then every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 --ignore=tests/interpreter --ignore=tests/test_structure.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 tests/interpreter
+
+bench: $(INSTALLED)  ## Time every operator on small sizes
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+clean:  ## Remove the environment and everything that is made
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""Linear-attention operators for PyTorch, registered as `torch.ops.fla.*`.
+
+Every operator has a fake implementation and a gradient, so a model that calls it traces under
+`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, ATen implementations on a CPU.
+"""
+
+from fla_ops import registrations as registrations  # registers every operator
+from fla_ops.registrations._inline import inlining
+from fla_ops.registrations._op import OPERATORS, Operator
+from fla_ops.simple_gla.api import (
+    chunk_simple_gla,
+    fused_chunk_simple_gla,
+    fused_recurrent_simple_gla,
+    parallel_simple_gla,
+    simple_gla,
+    simple_gla_step_,
+)
+
+from .dispatch import explain
+
+
+def ops() -> dict[str, Operator]:
+    """Every registered operator by name, with its schema, kind and implementations."""
+    return dict(OPERATORS)
+
+
+__all__ = [
+    "Operator",
+    "chunk_simple_gla",
+    "explain",
+    "fused_chunk_simple_gla",
+    "fused_recurrent_simple_gla",
+    "inlining",
+    "ops",
+    "parallel_simple_gla",
+    "simple_gla",
+    "simple_gla_step_",
+]

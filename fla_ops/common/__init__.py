@@ -1,0 +1,1 @@
+"""Kernels and ATen routines that two families or more use."""

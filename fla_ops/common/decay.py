@@ -1,0 +1,81 @@
+"""Decay factors inside and across chunks, for ATen implementations.
+
+A running sum of log decays loses the small ones behind a large one, and -inf makes NaN. So a step whose decay is below `floor`
+counts as a reset instead of entering the sum: a weight is zero when a reset lies between its two steps, and the difference of two
+sums is taken before exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+def floor(dtype: torch.dtype) -> float:
+    """A log decay at or below this is zero to `dtype`. Products stay far above denormals, which slow a CPU's matrix products."""
+    return -80.0 if dtype is torch.float64 else -30.0
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Factors of one chunk layout, shaped to broadcast against [rows, lanes, HK, G, C, D]."""
+
+    within: Tensor  # [..., C, C]: from step j to step i of a chunk, zero above the diagonal
+    from_start: Tensor  # [..., C, 1]: of the incoming state at step i
+    to_end: Tensor  # [..., C, 1]: of step j at the chunk's end
+    total: Tensor  # [..., 1, 1]: of the incoming state at the chunk's end
+    alive: Tensor  # [..., C]: False at resets, whose decay has no gradient
+
+
+def per_step(g: Tensor) -> Decay:
+    """Decay factors of log decays g [..., C]."""
+    reset, sums, count = _sums(g)
+    return Decay(
+        _within(sums, count),
+        _exp(sums, count > 0)[..., None],
+        _exp(sums[..., -1:] - sums, count < count[..., -1:])[..., None],
+        _exp(sums[..., -1:], count[..., -1:] > 0)[..., None],
+        ~reset,
+    )
+
+
+def constant(gamma: Tensor, size: int, lengths: Tensor) -> Decay:
+    """Decay factors of one log decay per head, gamma [HK, G], for rows of `lengths` [rows] steps out of `size`."""
+    step = torch.arange(1, size + 1, device=gamma.device, dtype=gamma.dtype)
+    reset = gamma[..., None] <= floor(gamma.dtype)
+    slope = gamma[..., None].masked_fill(reset, 0)
+    sums, count = slope * step, torch.where(reset, step, 0)
+    left = (lengths[:, None, None, None, None] - step).clamp_(min=0)  # steps after step j of the row
+    steps = lengths[:, None, None, None, None].to(gamma.dtype)
+    return Decay(
+        _within(sums, count)[None, None],
+        _exp(sums, count > 0)[None, None, ..., None],
+        _exp(slope * left, reset & (left > 0))[..., None],
+        _exp(slope * steps, reset & (steps > 0))[..., None],
+        ~reset,
+    )
+
+
+def _sums(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the resets are, the running sum of the other steps, the running count of resets."""
+    reset = g <= floor(g.dtype)
+    return reset, g.masked_fill(reset, 0).cumsum(-1), reset.cumsum(-1)
+
+
+def _exp(exponent: Tensor, crossed: Tensor) -> Tensor:
+    """exp, exactly zero where a reset was crossed or the decay is below the floor."""
+    kept = torch.where(crossed, NEVER, exponent)
+    return torch.nn.functional.threshold_(kept, floor(exponent.dtype), NEVER).exp_()
+
+
+def _within(sums: Tensor, count: Tensor) -> Tensor:
+    size = sums.shape[-1]
+    above = torch.ones(size, size, dtype=torch.bool, device=sums.device).triu_(1)
+    exponent = sums[..., :, None] - sums[..., None, :]
+    hidden = above | (count[..., :, None] != count[..., None, :])
+    exponent.masked_fill_(hidden, NEVER)
+    return torch.nn.functional.threshold_(exponent, floor(sums.dtype), NEVER).exp_()
