@@ -1,0 +1,70 @@
+"""Where the chunks of dense and packed sequences lie: built on the device without reading it back, looked up by kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """Chunks of `size` steps in rows, one sequence after the other.
+
+    A dense batch has the same number of rows for each sequence. Packed sequences have at most `rows`: the unused ones, at the end,
+    name sequence N.
+    """
+
+    size: int
+    rows: int
+    sequence: Tensor | None  # [rows] int32: which sequence, when packed
+    ends: Tensor | None  # [N] int64: running sum of the sequences' chunk counts, when packed
+
+
+def build(batch: int, time: int, cu_seqlens: Tensor | None, size: int) -> ChunkIndex:
+    """The index for [batch, time] or for the sequences that cu_seqlens [N + 1] packs into `time` steps."""
+    if cu_seqlens is None:
+        return ChunkIndex(size, batch * triton.cdiv(time, size), None, None)
+    sequences = cu_seqlens.shape[0] - 1
+    rows = (time + sequences * (size - 1)) // size
+    ends = torch.cumsum((cu_seqlens.diff() + (size - 1)) // size, 0)
+    position = torch.arange(rows, device=cu_seqlens.device)
+    return ChunkIndex(size, rows, torch.searchsorted(ends, position, right=True, out_int32=True), ends)
+
+
+@triton.jit
+def sequence_bounds(n, cu_seqlens, T):
+    """First step (int64) and length of sequence n."""
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        return start, (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
+    else:
+        return n * T, T
+
+
+@triton.jit
+def first_row(n, chunk_ends, T, BT: tl.constexpr):
+    """The row of the first chunk of sequence n."""
+    if chunk_ends is not None:
+        return tl.load(chunk_ends + n - 1, mask=n > 0, other=0)
+    else:
+        return n * tl.cdiv(T, BT)
+
+
+@triton.jit
+def locate_chunk(
+    row, cu_seqlens, chunk_sequence, chunk_ends,    # int64, [N + 1], [rows], [N]
+    T, N, BT: tl.constexpr,
+):
+    """The sequence's first step (int64) and length, and which of its chunks lies in this row; in an unused row the length is 0."""
+    if cu_seqlens is not None:
+        n = tl.load(chunk_sequence + row)
+        start = tl.load(cu_seqlens + n).to(tl.int64)
+        length = tl.load(cu_seqlens + tl.minimum(n + 1, N)) - start
+        return start, length.to(tl.int32), (row - first_row(n, chunk_ends, T, BT)).to(tl.int32)
+    else:
+        chunks = tl.cdiv(T, BT)
+        return row // chunks * T, T, (row % chunks).to(tl.int32)

@@ -1,0 +1,101 @@
+"""Decay factors inside a block of steps, as device functions.
+
+Log decays are converted to powers of two. A step whose decay is zero in float32 (-inf included) is a reset: it does not enter the
+running sum but a running count, and a weight is zero when a reset lies between its two steps. So no infinity meets another, no
+difference of two sums crosses a reset, and every exponent is masked before it is raised.
+
+DECAY says what `g` is: "step", log decays [B, T, H]; "head", one log decay per head [H]; "none".
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+RESET = tl.constexpr(-127.0)
+NEVER = tl.constexpr(float("-inf"))
+
+
+def gate(g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, str]:
+    """The kernels' argument `g` and DECAY."""
+    if g is not None:
+        return g.contiguous(), "step"
+    if g_gamma is not None:
+        return g_gamma.contiguous(), "head"
+    return None, "none"
+
+
+@triton.jit
+def load_log_decay(g, first, steps, head, H: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr):
+    """Exponents of two [BT] of the `steps` steps from `first`, zero past them."""
+    t = tl.arange(0, BT)
+    if DECAY == "step":
+        log_decay = tl.load(g + (first + t) * H + head, mask=t < steps, other=0.0).to(tl.float32)
+    else:
+        log_decay = tl.where(t < steps, tl.load(g + head).to(tl.float32), 0.0)
+    return log_decay * LOG2E
+
+
+@triton.jit
+def running_sums(log_decay):
+    """Running sum of the steps that are no reset, running count of those that are."""
+    reset = log_decay <= RESET
+    return tl.cumsum(tl.where(reset, 0.0, log_decay), 0), tl.cumsum(reset.to(tl.int32), 0)
+
+
+@triton.jit
+def last(x, BT: tl.constexpr):
+    """x[BT - 1] as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, BT) == BT - 1, x, 0), 0)
+
+
+@triton.jit
+def exponents(sums, count, BT: tl.constexpr, REVERSE: tl.constexpr):
+    """Log decays, -inf across a reset: of what enters the block at each step [BT], of each step where the block is left [BT], of all.
+
+    REVERSE walks backwards in time: what enters comes from the block's end.
+    """
+    end, resets = last(sums, BT), last(count, BT)
+    from_start = tl.where(count == 0, sums, NEVER)
+    to_end = tl.where(count == resets, end - sums, NEVER)
+    total = tl.where(resets == 0, end, NEVER)
+    if REVERSE:
+        return to_end, from_start, total
+    else:
+        return from_start, to_end, total
+
+
+@triton.jit
+def causal(BT: tl.constexpr, REVERSE: tl.constexpr):
+    """Which steps j [BT columns] each step i [BT rows] sees."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    if REVERSE:
+        return i <= j
+    else:
+        return i >= j
+
+
+@triton.jit
+def within(sums, count, BT: tl.constexpr, REVERSE: tl.constexpr):
+    """Decay between steps j and i of one block, [BT, BT], zero where i does not see j."""
+    difference = sums[:, None] - sums[None, :]
+    seen = causal(BT, REVERSE) & (count[:, None] == count[None, :])
+    return tl.exp2(tl.where(seen, -difference if REVERSE else difference, NEVER))
+
+
+@triton.jit
+def block_decay(
+    g, first, steps, head,
+    H: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """Factors of one block of steps, in walking order: step j at step i [BT, BT], what enters at step i [BT], step j at the exit
+    [BT], what enters at the exit."""
+    if DECAY == "none":
+        ones = tl.full([BT], 1.0, tl.float32)
+        return tl.where(causal(BT, REVERSE), 1.0, 0.0), ones, ones, 1.0
+    else:
+        sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
+        enter, leave, total = exponents(sums, count, BT, REVERSE)
+        return within(sums, count, BT, REVERSE), tl.exp2(enter), tl.exp2(leave), tl.exp2(total)

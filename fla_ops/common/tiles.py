@@ -1,0 +1,59 @@
+"""Tiles of activations and states, as device functions. What lies outside reads as zero and is never written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_program(BLOCKS: tl.constexpr, H: tl.constexpr):
+    """Row (int64), head and block of this program; the block varies fastest."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // (BLOCKS * H), (program // BLOCKS % H).to(tl.int32), (program % BLOCKS).to(tl.int32)
+
+
+@triton.jit
+def dot(a, b):
+    """a b, accumulated in float32; float32 operands are multiplied as float32, not as tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def load_rows(
+    x,                          # at one head of [time, HEADS, WIDTH]
+    first, steps, column,       # the tile's first step (int64), how many steps it has, its first column
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):
+    """[BT, BW] in x's dtype."""
+    t = tl.arange(0, BT)[:, None]
+    c = column + tl.arange(0, BW)[None, :]
+    return tl.load(x + first * (HEADS * WIDTH) + t * (HEADS * WIDTH) + c, mask=(t < steps) & (c < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_rows(
+    x, tile,                    # at one head of [time, HEADS, WIDTH]; [BT, BW]
+    first, steps, column,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+):
+    t = tl.arange(0, BT)[:, None]
+    c = column + tl.arange(0, BW)[None, :]
+    at = x + first * (HEADS * WIDTH) + t * (HEADS * WIDTH) + c
+    tl.store(at, tile.to(x.dtype.element_ty), mask=(t < steps) & (c < WIDTH))
+
+
+@triton.jit
+def state_tile(
+    matrix,                     # which of the [K, V] matrices (int64)
+    key, value,                 # the tile's first key and value column
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TRANSPOSED: tl.constexpr,
+):
+    """Offsets and mask of a [BK, BV] tile; TRANSPOSED matrices are stored as [V, K]."""
+    i = key + tl.arange(0, BK)[:, None]
+    j = value + tl.arange(0, BV)[None, :]
+    inside = (i < K) & (j < V)
+    if TRANSPOSED:
+        return matrix * (K * V) + (j * K + i), inside
+    else:
+        return matrix * (K * V) + (i * V + j), inside

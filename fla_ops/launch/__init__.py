@@ -1,0 +1,75 @@
+"""How a kernel is launched, and with which settings.
+
+The settings are data: `<device class>.json` maps a kernel's name to a list of entries, each for a dtype ("float32", "half" or "any")
+and for widths up to `key_width` and `value_width`. The narrowest entry that covers a call is used, else the widest. An entry holds
+block sizes, num_warps and num_stages; `spills` is the number of bytes it is known to spill, where that pays.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Entry = dict[str, Any]
+
+CLASSES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@cache
+def table(device_class: str) -> dict[str, list[Entry]]:
+    """Every entry of a device class, by kernel."""
+    found: dict[str, list[Entry]] = json.loads(Path(__file__).with_name(f"{device_class}.json").read_text())
+    return found
+
+
+@cache
+def device_class(index: int | None) -> str:
+    """The table for the device of this index; None is the host, where kernels run interpreted."""
+    if index is None:
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise RuntimeError(f"the kernels need compute capability 8.0 or newer, got {major}.x on cuda:{index}")
+    # Cards of 8.6, 8.9 and 12.x have less shared memory than the class they are nearest to; Triton reports it if that matters.
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def entry(kernel: str, x: torch.Tensor, key_width: int, value_width: int) -> Entry:
+    """The settings of `kernel` for activations like `x` of these widths."""
+    return _nearest(device_class(x.device.index), kernel, x.dtype, key_width, value_width)
+
+
+@cache
+def _nearest(device: str, kernel: str, dtype: torch.dtype, key_width: int, value_width: int) -> Entry:
+    wanted = ("any", "float32" if dtype is torch.float32 else "half")
+    entries = [e for e in table(device)[kernel] if e["dtype"] in wanted]
+    covering = [e for e in entries if e["key_width"] >= key_width and e["value_width"] >= value_width]
+
+    def widths(e: Entry) -> tuple[int, int]:
+        return e["key_width"], e["value_width"]
+
+    return min(covering, key=widths) if covering else max(entries, key=widths)
+
+
+def block(limit: int, width: int) -> int:
+    """The tile for `width`: a power of two, at least the 16 that a matrix product needs, at most `limit`."""
+    return min(limit, max(16, 1 << (width - 1).bit_length()))
+
+
+def options(entry: Entry) -> dict[str, int]:
+    """The part of an entry that Triton's compiler takes."""
+    return {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
+
+
+def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Launch `programs` programs along axis 0, the one that is not limited to 65535."""
+    if programs > 0:
+        kernel[(programs,)](*args, **constants)
+
+
