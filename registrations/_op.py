@@ -13,9 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils.flop_counter import register_flop_formula
 
-from . import _autocast, _gradient, _inline
+from . import _autocast, _flops, _gradient, _inline
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -118,7 +117,7 @@ def register(
         for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
             LIBRARY.impl(name, _autocast.kernel(op, device, frozenset(arguments.index(c) for c in cast)), key)
     if flops is not None:
-        register_flop_formula(op._overloadpacket)(flops)
+        _flops.register(op._overloadpacket, flops)
     if inline and not INTERPRETED:
         _inline.register(op, inline, resolve, LIBRARY)
     OPERATORS[name] = Operator(

@@ -28,22 +28,24 @@ def runs(x: Tensor, cu_seqlens: Tensor | None) -> list[Span]:
 class _Chunks:
     """What both layouts share: the recurrence from row to row."""
 
+    eager = True  # values may be read
     rows: int
     spans: list[Span]
 
     def scan(
-        self, updates: Tensor, total: Tensor | None, initial: Tensor | None, reverse: bool = False
+        self, updates: Tensor, total: Tensor | None, initial: Tensor | None, reverse: bool = False, decayed: bool = False
     ) -> tuple[Tensor, Tensor]:
         """S <- total * S + update along each sequence: S before each row, and S after each sequence's last row.
 
         updates [rows, lanes, ...]; total [rows or 1, lanes or 1, ...], None for no decay; initial [N, ...], None for zeros.
         With reverse=True the rows run backwards, and "before" a row is what comes from the row after it.
+        With decayed=True the rows see total * S instead of S (and, backwards, S <- total * (S + update)).
         """
         states = torch.empty_like(updates)
         sequences = sum(n.stop - n.start for n, _, _ in self.spans)
         final = updates.new_empty((sequences, *updates.shape[2:]))
         added, before = updates.unbind(0), states.unbind(0)
-        decays = None if total is None else total.expand(self.rows, *total.shape[1:]).unbind(0)
+        factor = None if total is None else total.expand(self.rows, *total.shape[1:]).unbind(0)
         for n, first, last in self.spans:
             order = range(last - 1, first - 1, -1) if reverse else range(first, last)
             carried = [*(before[row] for row in order), final[n]]
@@ -52,10 +54,14 @@ class _Chunks:
             else:
                 carried[0].copy_(initial[n])
             for i, row in enumerate(order):
-                if decays is None:
+                if factor is None:
                     torch.add(added[row], carried[i], out=carried[i + 1])
+                elif not decayed:
+                    torch.addcmul(added[row], factor[row], carried[i], out=carried[i + 1])
+                elif reverse:
+                    torch.add(added[row], carried[i], out=carried[i + 1]).mul_(factor[row])
                 else:
-                    torch.addcmul(added[row], decays[row], carried[i], out=carried[i + 1])
+                    torch.add(added[row], carried[i].mul_(factor[row]), out=carried[i + 1])
         return states, final
 
 

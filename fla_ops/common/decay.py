@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+SPLIT = {torch.float32: 40.0, torch.float64: 300.0}  # how much a chunk may decay for its weights to be split into two factors
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -29,6 +30,27 @@ class Decay:
     to_end: Tensor  # [..., C, 1]: of step j at the chunk's end
     total: Tensor  # [..., 1, 1]: of the incoming state at the chunk's end
     alive: Tensor  # [..., C]: False at resets, whose decay has no gradient
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The decay of a chunk split between its two steps, relative to the chunk's end: D_ij = row_i column_j.
+
+    Only for chunks whose whole decay is mild: row_i = exp(P_i - P_C) >= 1 must stay far from overflow.
+    """
+
+    row: Tensor  # [..., C, 1]
+    column: Tensor  # [..., C, 1]
+    total: Tensor  # [..., 1, 1]
+
+
+def factors(g: Tensor) -> Factors | None:
+    """The split form of log decays g [..., C], or None where a chunk decays too strongly for it. Reads the values: eager code only."""
+    sums = g.cumsum(-1)
+    end = sums[..., -1:]
+    if g.numel() == 0 or not -end.amin() < SPLIT[g.dtype] or g.amax() > 0:
+        return None
+    return Factors((sums - end).exp_()[..., None], (end - sums).exp_()[..., None], end.exp()[..., None])
 
 
 def per_step(g: Tensor) -> Decay:

@@ -21,6 +21,8 @@ BLOCK = 16  # rows whose decay matrix is formed at once
 class TracedDense:
     """A batch of sequences of one length."""
 
+    eager = False
+
     def __init__(self, batch: Any, time: Any, size: int) -> None:
         self.batch, self.time, self.size = batch, time, size
         self.rows = (time + size - 1) // size
@@ -60,6 +62,8 @@ class TracedDense:
 
 class TracedPacked:
     """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last are empty."""
+
+    eager = False
 
     def __init__(self, offsets: Tensor, time: Any, size: int) -> None:
         cu_seqlens_values_async(offsets, time)

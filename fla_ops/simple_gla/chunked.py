@@ -11,14 +11,15 @@ Tensors are [rows, lanes, HK, G, C, width]: G value heads share each query/key h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fla_ops.common import decay as decays
-from fla_ops.common.decay import Decay
+from fla_ops.common.decay import Decay, Factors
 
+Weights = Decay | Factors | None
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -41,10 +42,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """o [B, T, H, V] in v's dtype, and the final state in the carried dtype."""
     queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
-    state = enter_state(initial_state, k.shape[2], state_v_first, values.dtype)
-    states, final = layout.scan(_write(keys, values, decay), None if decay is None else decay.total, state)
+    states, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
     o = _scores(queries, keys, decay) @ values
-    o += _scaled(queries, None if decay is None else decay.from_start) @ states
+    _add_product_(o, _reading(queries, decay), states)
     return layout.join(o.flatten(2, 3), v.dtype), leave_state(final, state_v_first) if output_final_state else None
 
 
@@ -67,25 +67,25 @@ def backward(
     need_gate = need_g or need_gamma
     queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
     do = layout.split(do, values.dtype).unflatten(2, (k.shape[2], -1))
-    a, b, total = (None, None, None) if decay is None else (decay.from_start, decay.to_end, decay.total)
     states = dstates = dq = dk = dk_across = dv = dg = dgamma = dstate = None
 
     if need_q or need_gate:
-        state = enter_state(initial_state, k.shape[2], state_v_first, values.dtype)
-        states, _ = layout.scan(_write(keys, values, decay), total, state)
+        states, _ = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
     if need_k or need_v or need_gate or need_state:
-        dfinal = enter_state(dfinal_state, k.shape[2], state_v_first, values.dtype)
-        dstates, dstate = layout.scan(_scaled(queries, a).mT @ do, total, dfinal, reverse=True)
+        dfinal = enter_state(dfinal_state, keys, state_v_first)
+        dstates, dstate = _dstates(layout, queries, do, decay, dfinal)
     if need_q or need_k or need_gate:
         dscores = _scores(do, values, decay)
         if states is not None:
-            dq = _scaled_(do @ states.mT, a) + dscores @ keys
+            dq = _read_by(do @ states.mT, decay)
+            _add_product_(dq, dscores, keys)
         if dstates is not None and (need_k or need_gate):
-            dk_across = _scaled_(values @ dstates.mT, b)
-            dk = dk_across + dscores.mT @ queries
+            dk = _written_by(values @ dstates.mT, decay)
+            dk_across = _dot(keys, dk) if need_gate else None
+            _add_product_(dk, dscores.mT, queries)
     if need_v:
         dv = _scores(queries, keys, decay).mT @ do
-        dv += _scaled(keys, b) @ dstates
+        _add_product_(dv, _writing(keys, decay), dstates)
         dv = layout.join(dv.flatten(2, 3), v.dtype)
     if need_gate:
         dg = _gate_gradient(queries, keys, dq, dk, dk_across, states, dstates, decay)
@@ -93,18 +93,17 @@ def backward(
         if need_gamma:
             dg, dgamma = None, dg.sum((0, 1)).to(g_gamma.dtype)
     if need_q:
-        dq = layout.join(dq.sum(3).mul_(scale_of(q, scale)), q.dtype)
-    if need_k:
-        dk = layout.join(dk.sum(3), k.dtype)
-    if need_state:
-        dstate = leave_state(dstate, state_v_first).to(initial_state.dtype)
+        factor = scale_of(q, scale)
+        dq = dq.mul_(decay.row * factor if isinstance(decay, Factors) else factor)
+    if need_k and isinstance(decay, Factors):
+        dk = dk.mul_(decay.column)
     return (
-        dq if need_q else None,
-        dk if need_k else None,
+        layout.join(_sum_group(dq), q.dtype) if need_q else None,
+        layout.join(_sum_group(dk), k.dtype) if need_k else None,
         dv,
         dg,
         dgamma,
-        dstate if need_state else None,
+        leave_state(dstate, state_v_first).to(initial_state.dtype) if need_state else None,
     )
 
 
@@ -113,8 +112,7 @@ def final_state(
 ) -> Tensor:
     """The state [N, H, K, V] after the layout's steps, without the outputs."""
     _, keys, values, decay = _cut(layout, None, k, v, g, g_gamma, None)
-    state = enter_state(initial_state, k.shape[2], False, values.dtype)
-    _, final = layout.scan(_write(keys, values, decay), None if decay is None else decay.total, state)
+    _, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, False))
     return leave_state(final, False)
 
 
@@ -123,11 +121,11 @@ def scale_of(q: Tensor, scale: float | None) -> float:
     return float(q.shape[3] ** -0.5 if scale is None else scale)
 
 
-def enter_state(state: Tensor | None, key_heads: int, state_v_first: bool, dtype: torch.dtype) -> Tensor | None:
-    """[N, H, K, V] (or [N, H, V, K]) to [N, HK, G, K, V] in `dtype`."""
+def enter_state(state: Tensor | None, keys: Tensor, state_v_first: bool) -> Tensor | None:
+    """[N, H, K, V] (or [N, H, V, K]) to [N, HK, G, K, V] in the dtype of the keys in chunks."""
     if state is None:
         return None
-    return (state.mT if state_v_first else state).to(dtype).unflatten(1, (key_heads, -1))
+    return (state.mT if state_v_first else state).to(keys.dtype).unflatten(1, (keys.shape[2], -1))
 
 
 def leave_state(state: Tensor, state_v_first: bool) -> Tensor:
@@ -138,42 +136,96 @@ def leave_state(state: Tensor, state_v_first: bool) -> Tensor:
 
 def _cut(
     layout: Any, q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, Decay | None]:
-    """Queries (scaled; the keys again where there are none), keys and values in chunks, and the decay factors."""
+) -> tuple[Tensor, Tensor, Tensor, Weights]:
+    """Queries (scaled; the keys again where there are none), keys and values in chunks, and the decay.
+
+    Where the decay splits into factors, the queries and keys already hold them.
+    """
     dtype, key_heads = compute_dtype(v), k.shape[2]
     keys = layout.split(k, dtype).unsqueeze(3)
-    queries = keys if q is None else layout.split(q, dtype).mul_(scale_of(q, scale)).unsqueeze(3)
+    queries = keys if q is None else layout.split(q, dtype).unsqueeze(3)
     values = layout.split(v, dtype).unflatten(2, (key_heads, -1))
-    decay = None
+    factor = 1.0 if q is None else scale_of(q, scale)
+    decay: Weights = None
     if g is not None:
         steps = layout.split(g[..., None], dtype).squeeze(-1).unflatten(2, (key_heads, -1))
+        split = decays.factors(steps) if layout.eager and values.shape[3] == 1 else None
+        if split is not None:
+            return (keys if q is None else queries.mul_(split.row * factor)), keys.mul_(split.column), values, split
         decay = decays.per_step(steps)
     elif g_gamma is not None:
         decay = decays.constant(g_gamma.to(dtype).unflatten(0, (key_heads, -1)), layout.size, layout.lengths(v.device))
-    return queries, keys, values, decay
+    return (keys if q is None else queries.mul_(factor)), keys, values, decay
 
 
-def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+def _states(
+    layout: Any, keys: Tensor, values: Tensor, decay: Weights, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The state that each chunk reads (with Factors: decayed over the chunk), and the final one."""
+    updates = _writing(keys, decay).mT @ values
+    if isinstance(decay, Factors):
+        return cast("tuple[Tensor, Tensor]", layout.scan(updates, decay.total, initial, decayed=True))
+    return cast("tuple[Tensor, Tensor]", layout.scan(updates, None if decay is None else decay.total, initial))
 
 
-def _scaled_(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x.mul_(factor)
+def _dstates(
+    layout: Any, queries: Tensor, do: Tensor, decay: Weights, dfinal: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradient that arrives at each chunk's final state, and the initial state's."""
+    updates = _reading(queries, decay).mT @ do
+    if isinstance(decay, Factors):
+        return cast("tuple[Tensor, Tensor]", layout.scan(updates, decay.total, dfinal, reverse=True, decayed=True))
+    total = None if decay is None else decay.total
+    return cast("tuple[Tensor, Tensor]", layout.scan(updates, total, dfinal, reverse=True))
 
 
-def _write(keys: Tensor, values: Tensor, decay: Decay | None) -> Tensor:
-    """What each chunk adds to the state: sum_j b_j k_j v_j^T."""
-    return _scaled(keys, None if decay is None else decay.to_end).mT @ values
+def _reading(queries: Tensor, decay: Weights) -> Tensor:
+    """Queries as they meet the incoming state."""
+    return queries * decay.from_start if isinstance(decay, Decay) else queries
 
 
-def _scores(rows: Tensor, columns: Tensor, decay: Decay | None) -> Tensor:
+def _writing(keys: Tensor, decay: Weights) -> Tensor:
+    """Keys as they enter the outgoing state."""
+    return keys * decay.to_end if isinstance(decay, Decay) else keys
+
+
+def _read_by(dqueries: Tensor, decay: Weights) -> Tensor:
+    """The gradient of _reading, in place."""
+    return dqueries.mul_(decay.from_start) if isinstance(decay, Decay) else dqueries
+
+
+def _written_by(dkeys: Tensor, decay: Weights) -> Tensor:
+    """The gradient of _writing, in place."""
+    return dkeys.mul_(decay.to_end) if isinstance(decay, Decay) else dkeys
+
+
+def _scores(rows: Tensor, columns: Tensor, decay: Weights) -> Tensor:
     """The causal, decayed products of a chunk: D_ij (rows_i . columns_j)."""
     products = rows @ columns.mT
-    if decay is None:
+    if not isinstance(decay, Decay):
         return products.tril_()
     if decay.within.shape[3] == products.shape[3]:
         return products.mul_(decay.within)
     return products * decay.within
+
+
+def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b over broadcast leading dimensions."""
+    lead = out.shape[:-2]
+    a, b = (x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    out.view(-1, *out.shape[-2:]).baddbmm_(a, b)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a * b over the last two dimensions, without their product in memory."""
+    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (x.expand(*lead, *x.shape[-2:]).flatten(-2) for x in (a, b))
+    return (a.unsqueeze(-2) @ b.unsqueeze(-1))[..., 0, 0]
+
+
+def _sum_group(x: Tensor) -> Tensor:
+    """[rows, lanes, HK, G, C, K] summed over the value heads of a group."""
+    return x.squeeze(3) if x.shape[3] == 1 else x.sum(3)
 
 
 def _gate_gradient(
@@ -184,7 +236,7 @@ def _gate_gradient(
     dk_across: Tensor,
     states: Tensor,
     dstates: Tensor,
-    decay: Decay,
+    decay: Decay | Factors,
 ) -> Tensor:
     """The gradient of g, [rows, lanes, HK, G, C], without leaving the chunk.
 
@@ -192,5 +244,9 @@ def _gate_gradient(
     sum_j k_j . dk_across_j + d <S, dS'> at the last step. dg is the running sum of dP from the end.
     """
     along = (queries * dq).sum(-1) - (keys * dk).sum(-1)
-    along[..., -1] += (keys * dk_across).sum((-1, -2)) + decay.total[..., 0, 0] * (states * dstates).sum((-1, -2))
-    return along.flip(-1).cumsum(-1).flip(-1) * decay.alive
+    carried = _dot(states, dstates)
+    if isinstance(decay, Decay):
+        carried *= decay.total[..., 0, 0]
+    along[..., -1] += dk_across + carried
+    dg = along.flip(-1).cumsum(-1).flip(-1)
+    return dg * decay.alive if isinstance(decay, Decay) else dg
