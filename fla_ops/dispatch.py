@@ -57,7 +57,10 @@ class Choice:
     refused: dict[str, list[str]]
 
     def __str__(self) -> str:
-        lines = [f"torch.ops.fla.{self.form.operator} ({self.form.name})", f"  order of preference: {', '.join(self.preferred)}"]
+        lines = [
+            f"torch.ops.fla.{self.form.operator} ({self.form.name})",
+            f"  order of preference: {', '.join(self.preferred)}",
+        ]
         lines += [f"  {name} refuses: {'; '.join(reasons)}" for name, reasons in self.refused.items()]
         return "\n".join(lines)
 
@@ -70,8 +73,8 @@ def select(forms: Sequence[Form], request: Request, mode: str, order: Sequence[s
         for name in order:
             if name not in refused:
                 return Choice(by_name[name], tuple(order), refused)
-        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
-        raise NotImplementedError(f"no form of {request.family} serves this call: {reasons}")
+        everything = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
+        raise NotImplementedError(f"no form of {request.family} serves this call: {everything}")
     if mode not in by_name:
         raise ValueError(f"mode must be auto, {', '.join(by_name)}, got {mode!r}")
     if mode in refused:

@@ -1,12 +1,13 @@
 """Shape, dtype, device and cu_seqlens checks, once for all families.
 
-Every check states what was wanted and what came. The functions here run in fake implementations, on symbolic sizes, and in
-launchers, on real ones: sizes are compared one dimension at a time (a comparison of tuples cannot be deferred when a size is
-unbacked). A launcher first asks a plain predicate and comes here only to find the message.
+Every check states what was wanted and what came. The functions here run in fake implementations, on symbolic sizes,
+and in launchers, on real ones: sizes are compared one dimension at a time (a comparison of tuples cannot be deferred
+when a size is unbacked). A launcher first asks a plain predicate and comes here only to find the message.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,7 +87,9 @@ def chunk_size(size: int) -> None:
 def exclusive(**arguments: object) -> None:
     """At most one of the arguments may be given."""
     given = [name for name, value in arguments.items() if value is not None]
-    torch._check_value(len(given) <= 1, lambda: f"give at most one of {' and '.join(arguments)}, got {' and '.join(given)}")
+    torch._check_value(
+        len(given) <= 1, lambda: f"give at most one of {' and '.join(arguments)}, got {' and '.join(given)}"
+    )
 
 
 def cu_seqlens(offsets: Tensor, batch: Size, on_host: Tensor | None = None) -> None:
@@ -104,9 +107,7 @@ def cu_seqlens(offsets: Tensor, batch: Size, on_host: Tensor | None = None) -> N
         )
     torch._check_value(batch == 1, lambda: f"packed sequences (cu_seqlens) need batch B = 1, got B = {batch}")
     if on_host is not None:
-        torch._check_value(
-            on_host.device.type == "cpu", lambda: f"cu_seqlens_cpu must be on cpu, got {on_host.device}"
-        )
+        torch._check_value(on_host.device.type == "cpu", lambda: f"cu_seqlens_cpu must be on cpu, got {on_host.device}")
         torch._check_value(
             on_host.shape[0] == offsets.shape[0],
             lambda: f"cu_seqlens_cpu must be [N + 1] = ({offsets.shape[0]},) like cu_seqlens, got {_sizes(on_host)}",
@@ -120,7 +121,7 @@ def cu_seqlens_values(offsets: Tensor, time: int) -> list[int]:
         raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
     if values[-1] != time:
         raise ValueError(f"cu_seqlens must end at T = {time}, got {values[-1]}")
-    for n, (start, end) in enumerate(zip(values, values[1:], strict=False)):
+    for n, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
             raise ValueError(f"cu_seqlens must never fall, got {start} then {end} at position {n}")
     return values

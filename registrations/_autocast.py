@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, _C
+from torch import _C, Tensor
 from torch._ops import OpOverload
 
 
@@ -17,7 +17,8 @@ def kernel(op: OpOverload, device: str, cast: frozenset[int]) -> Callable[..., A
     def run(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         args = tuple(
-            a.to(dtype) if i in cast and isinstance(a, Tensor) and _castable(a, device) else a for i, a in enumerate(args)
+            a.to(dtype) if i in cast and isinstance(a, Tensor) and _castable(a, device) else a
+            for i, a in enumerate(args)
         )
         with _C._ExcludeDispatchKeyGuard(own_key):
             return op(*args)

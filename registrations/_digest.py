@@ -1,7 +1,7 @@
 """A digest of this package's sources in the key of PyTorch's compile caches.
 
-AOTAutograd's cache on disk knows an operator by its name: after an edit of a registered gradient or of an inlined body it would
-serve code traced from the old one.
+AOTAutograd's cache on disk knows an operator by its name: after an edit of a registered gradient or of an inlined
+body it would serve code traced from the old one.
 """
 
 from __future__ import annotations

@@ -51,38 +51,38 @@ def _sizes(q: Any, v: Any) -> tuple[int, int, int, int]:
     return batch * time * v[2], key_width, v[3], time
 
 
-def linear_chunk(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_chunk(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     """Scores and their product with v inside a chunk; the state's update and its read-out across chunks."""
-    steps, key, value, _ = _sizes(q, v)
+    steps, key, value, _time = _sizes(q, v)
     return steps * (2 * CHUNK * (key + value) + 4 * key * value)
 
 
-def linear_chunk_backward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    steps, key, value, _ = _sizes(q, v)
+def linear_chunk_backward(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
+    steps, key, value, _time = _sizes(q, v)
     return steps * (CHUNK * (6 * key + 4 * value) + 10 * key * value)
 
 
-def linear_recurrent(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_recurrent(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     """Decay, outer product and read-out of the state at each step."""
-    steps, key, value, _ = _sizes(q, v)
+    steps, key, value, _time = _sizes(q, v)
     return steps * 5 * key * value
 
 
-def linear_recurrent_backward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_recurrent_backward(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     return 3 * linear_recurrent(q, k, v)
 
 
-def linear_parallel(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_parallel(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     """The lower triangle of two T x T products."""
     steps, key, value, time = _sizes(q, v)
     return steps * time * (key + value)
 
 
-def linear_parallel_backward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_parallel_backward(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     steps, key, value, time = _sizes(q, v)
     return steps * time * (3 * key + 2 * value)
 
 
-def linear_step(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def linear_step(q: Any, k: Any, v: Any, *others: Any, **settings: Any) -> int:
     sequences, heads, value = v
-    return sequences * heads * 5 * q[-1] * value
+    return int(sequences * heads * 5 * q[-1] * value)

@@ -29,13 +29,16 @@ def _below_autograd(op: OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
 
 def _refuse_forward_mode(op: OpOverload) -> None:
     if forward_ad._current_level >= 0:
-        raise NotImplementedError(f"{op._schema.name} has no forward-mode derivative: use reverse mode (backward, grad, vjp)")
+        raise NotImplementedError(
+            f"{op._schema.name} has no forward-mode derivative: use reverse mode (backward, grad, vjp)"
+        )
 
 
 def _refusing(op: OpOverload) -> Callable[..., Any]:
     name = op._schema.name
     if name.endswith("_backward"):
-        reason = f"{name} has no gradient of its own: double backward through {name.removesuffix('_backward')} is not supported"
+        forward = name.removesuffix("_backward")
+        reason = f"{name} has no gradient of its own: double backward through {forward} is not supported"
     else:
         reason = f"{name} is for inference and has no gradient: call it under torch.no_grad() or detach its inputs"
 
@@ -76,7 +79,7 @@ def _differentiable(
         return op(*args)  # grad mode is off inside Function.forward, so this goes below autograd
 
     Direct.__name__ = label
-    Transformable = type(
+    Transformable: Any = type(
         label,
         (torch.autograd.Function,),
         {
@@ -92,7 +95,7 @@ def _differentiable(
             args = (*args, *defaults[len(args) :])  # the dispatcher drops trailing defaults
             if _C._are_functorch_transforms_active():
                 return Transformable.apply(*args)
-            return Direct.apply(keyset, *args)
+            return Direct.apply(keyset, *args)  # type: ignore[no-untyped-call]
         return _below_autograd(op, keyset, args)
 
     return run

@@ -1,7 +1,8 @@
 """Lets a body of ATen (or traced Triton) calls stand in for an opaque operator while AOTAutograd traces a graph.
 
-Off by default: an operator stays one node. With `inlining()` active, Inductor fuses the body with its surroundings, and an
-AOTInductor package runs in a process that has never imported this package. `torch.export` keeps the operator either way.
+Off by default: an operator stays one node. With `inlining()` active, Inductor fuses the body with its surroundings,
+and an AOTInductor package runs in a process that has never imported this package. `torch.export` keeps the operator
+either way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-_active = False
+
+class _State:
+    active = False
 
 
 @contextlib.contextmanager
@@ -25,14 +28,13 @@ def inlining() -> Iterator[None]:
     Wrap `torch._inductor.aoti_compile_and_package(...)`, or the first call of a `torch.compile`d function.
     Operators without a traceable body (see `Operator.inlines_on`) stay calls.
     """
-    global _active
-    previous, key = _active, torch.compiler.config.cache_key_tag
-    _active = True
+    previous, key = _State.active, torch.compiler.config.cache_key_tag
+    _State.active = True
     torch.compiler.config.cache_key_tag = f"{key};fla-inlined"  # cached graphs with and without bodies must not mix
     try:
         yield
     finally:
-        _active = previous
+        _State.active = previous
         torch.compiler.config.cache_key_tag = key
 
 
@@ -44,7 +46,7 @@ def register(
     def rule(mode: Any, overload: OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         exporting = not torch._functorch.config.decompose_custom_triton_ops
-        if not _active or exporting or device not in bodies:
+        if not _State.active or exporting or device not in bodies:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         defaults = [a.default_value for a in overload._schema.arguments]
         with mode:

@@ -1,4 +1,6 @@
-"""The one call that wires an operator into PyTorch: schema, kernels, fake, gradient, autocast, FLOP formula, inlining."""
+"""The one call that wires an operator into PyTorch: schema, kernels, fake, gradient, autocast, FLOP formula,
+inlining.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def resolve(path: str) -> Callable[..., Any]:
 
 
 def _complete(op: OpOverload, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Call `function()` with every argument of the schema: the dispatcher drops trailing ones that equal their default."""
+    """Call `function()` with every argument of the schema: the dispatcher drops trailing ones that equal their
+    default.
+    """
     defaults = [a.default_value for a in op._schema.arguments]
 
     def kernel(*args: Any) -> Any:
@@ -65,7 +69,9 @@ def _kernel(op: OpOverload, path: str) -> Callable[..., Any]:
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch with the tensors' device as the current one: Triton launches on the current device whatever it is given."""
+    """Launch with the tensors' device as the current one: Triton launches on the current device whatever it is
+    given.
+    """
 
     def guarded(*args: Any) -> Any:
         device = next(a.device for a in args if isinstance(a, Tensor) and a.is_cuda)
@@ -133,7 +139,9 @@ def register(
 
 
 def register_composite(schema: str, function: str) -> OpOverload:
-    """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from those."""
+    """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
+    those.
+    """
     name = schema[: schema.index("(")].strip()
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -119,9 +119,9 @@ register(
     tags=CONTIGUOUS,
 )
 register(
-    "fused_recurrent_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, "
-    "Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool reverse, bool state_v_first, "
-    f"bool[6] output_mask) -> {GRADIENTS}",
+    "fused_recurrent_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
+    "Tensor? initial_state, Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool reverse, "
+    f"bool state_v_first, bool[6] output_mask) -> {GRADIENTS}",
     cpu="fla_ops.simple_gla.aten_recurrent:backward",
     cuda="fla_ops.simple_gla.fused_recurrent:backward",
     fake=fake.recurrent_backward,
@@ -159,8 +159,8 @@ register(
     tags=CONTIGUOUS,
 )
 register(
-    "parallel_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? cu_seqlens, Tensor do, "
-    "Tensor? dattn, float? scale, bool[5] output_mask) -> "
+    "parallel_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? cu_seqlens, "
+    "Tensor do, Tensor? dattn, float? scale, bool[5] output_mask) -> "
     "(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dg, Tensor? dg_gamma)",
     cpu="fla_ops.simple_gla.aten_parallel:backward",
     cuda="fla_ops.simple_gla.parallel:backward",

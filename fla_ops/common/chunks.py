@@ -1,11 +1,13 @@
 """Cutting sequences into chunks and back, for ATen implementations.
 
-A chunk layout turns [B, T, heads, D] into [rows, lanes, heads, C, D]. A dense batch has one lane per sequence and one row per
-chunk position; packed sequences have one lane, and a row per chunk of any sequence. Steps past a sequence's end are zeros.
+A chunk layout turns [B, T, heads, D] into [rows, lanes, heads, C, D]. A dense batch has one lane per sequence and one
+row per chunk position; packed sequences have one lane, and a row per chunk of any sequence. Steps past a sequence's
+end are zeros.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -17,12 +19,14 @@ Span = tuple[slice, int, int]  # which sequences; their first row or step, and o
 
 
 def runs(x: Tensor, cu_seqlens: Tensor | None) -> list[Span]:
-    """Which sequences lie in which steps of x [B, T, ...]: all of a dense batch at once, packed ones each on its own."""
+    """Which sequences lie in which steps of x [B, T, ...]: all of a dense batch at once, packed ones each on its
+    own.
+    """
     batch, time = x.shape[:2]
     if cu_seqlens is None:
         return [(slice(0, batch), 0, time)]
     offsets = cu_seqlens_values(cu_seqlens, time)
-    return [(slice(n, n + 1), a, b) for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))]
+    return [(slice(n, n + 1), a, b) for n, (a, b) in enumerate(itertools.pairwise(offsets))]
 
 
 class _Chunks:
@@ -33,12 +37,17 @@ class _Chunks:
     spans: list[Span]
 
     def scan(
-        self, updates: Tensor, total: Tensor | None, initial: Tensor | None, reverse: bool = False, decayed: bool = False
+        self,
+        updates: Tensor,
+        total: Tensor | None,
+        initial: Tensor | None,
+        reverse: bool = False,
+        decayed: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """S <- total * S + update along each sequence: S before each row, and S after each sequence's last row.
 
-        updates [rows, lanes, ...]; total [rows or 1, lanes or 1, ...], None for no decay; initial [N, ...], None for zeros.
-        With reverse=True the rows run backwards, and "before" a row is what comes from the row after it.
+        updates [rows, lanes, ...]; total [rows or 1, lanes or 1, ...], None for no decay; initial [N, ...], None for
+        zeros. With reverse=True the rows run backwards, and "before" a row is what comes from the row after it.
         With decayed=True the rows see total * S instead of S (and, backwards, S <- total * (S + update)).
         """
         states = torch.empty_like(updates)
@@ -119,7 +128,7 @@ class PackedChunks(_Chunks):
         self.spans: list[Span] = []
         starts: list[int] = []
         ends: list[int] = []
-        for n, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for n, (start, end) in enumerate(itertools.pairwise(offsets)):
             first = len(starts)
             starts += range(start, end, size)
             ends += [end] * (len(starts) - first)

@@ -1,8 +1,8 @@
 """Decay factors inside and across chunks, for ATen implementations.
 
-A running sum of log decays loses the small ones behind a large one, and -inf makes NaN. So a step whose decay is below `floor`
-counts as a reset instead of entering the sum: a weight is zero when a reset lies between its two steps, and the difference of two
-sums is taken before exp.
+A running sum of log decays loses the small ones behind a large one, and -inf makes NaN. So a step whose decay is
+below `floor` counts as a reset instead of entering the sum: a weight is zero when a reset lies between its two steps,
+and the difference of two sums is taken before exp.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
-SPLIT = {torch.float32: 40.0, torch.float64: 300.0}  # how much a chunk may decay for its weights to be split into two factors
+SPLIT = {
+    torch.float32: 40.0,
+    torch.float64: 300.0,
+}  # how much a chunk may decay for its weights to be split into two factors
 
 
 def floor(dtype: torch.dtype) -> float:
-    """A log decay at or below this is zero to `dtype`. Products stay far above denormals, which slow a CPU's matrix products."""
+    """A log decay at or below this is zero to `dtype`. Products stay far above denormals, which slow a CPU's matrix
+    products.
+    """
     return -80.0 if dtype is torch.float64 else -30.0
 
 
@@ -45,7 +50,9 @@ class Factors:
 
 
 def factors(g: Tensor) -> Factors | None:
-    """The split form of log decays g [..., C], or None where a chunk decays too strongly for it. Reads the values: eager code only."""
+    """The split form of log decays g [..., C], or None where a chunk decays too strongly for it. Reads the values:
+    eager code only.
+    """
     sums = g.cumsum(-1)
     end = sums[..., -1:]
     if g.numel() == 0 or not -end.amin() < SPLIT[g.dtype] or g.amax() > 0:
@@ -91,7 +98,7 @@ def _sums(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _exp(exponent: Tensor, crossed: Tensor) -> Tensor:
     """exp, exactly zero where a reset was crossed or the decay is below the floor."""
     kept = torch.where(crossed, NEVER, exponent)
-    return torch.nn.functional.threshold_(kept, floor(exponent.dtype), NEVER).exp_()
+    return torch.threshold_(kept, floor(exponent.dtype), NEVER).exp_()
 
 
 def _within(sums: Tensor, count: Tensor) -> Tensor:
@@ -100,4 +107,4 @@ def _within(sums: Tensor, count: Tensor) -> Tensor:
     exponent = sums[..., :, None] - sums[..., None, :]
     hidden = above | (count[..., :, None] != count[..., None, :])
     exponent.masked_fill_(hidden, NEVER)
-    return torch.nn.functional.threshold_(exponent, floor(sums.dtype), NEVER).exp_()
+    return torch.threshold_(exponent, floor(sums.dtype), NEVER).exp_()

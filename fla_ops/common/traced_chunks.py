@@ -35,8 +35,10 @@ class TracedDense:
         """[B, T, heads, D] to [rows, B, heads, C, D] in `dtype`, contiguous."""
         _, _, heads, width = x.shape
         x = pad(x.to(dtype), (0, 0, 0, 0, 0, self.rows * self.size - self.time))
-        return x.reshape(self.batch, self.rows, self.size, heads, width).permute(1, 0, 3, 2, 4).clone(
-            memory_format=torch.contiguous_format
+        return (
+            x.reshape(self.batch, self.rows, self.size, heads, width)
+            .permute(1, 0, 3, 2, 4)
+            .clone(memory_format=torch.contiguous_format)
         )
 
     def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -61,7 +63,9 @@ class TracedDense:
 
 
 class TracedPacked:
-    """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last are empty."""
+    """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last
+    are empty.
+    """
 
     eager = False
 

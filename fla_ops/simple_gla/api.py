@@ -9,17 +9,17 @@ Arguments that several functions share:
 
 - q, k: [B, T, HK, K]. v: [B, T, H, V], with H a multiple of HK: each query/key head serves H // HK value heads.
   One floating dtype for all three.
-- g: [B, T, H], the natural logarithm of the decay, usually <= 0 (-inf forgets the state). g_gamma: [H], the same for every
-  step. At most one of them; neither means no decay.
+- g: [B, T, H], the natural logarithm of the decay, usually <= 0 (-inf forgets the state). g_gamma: [H], the same for
+  every step. At most one of them; neither means no decay.
 - scale: factor on q; None means K ** -0.5.
 - initial_state: [N, H, K, V] (N = B, or the number of packed sequences), any floating dtype; None means zeros.
   With state_v_first=True it and the final state are [N, H, V, K].
 - output_final_state: whether to return the state after the last step, float32 (float64 for float64 inputs).
-- cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never falls;
-  a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not depend on it.
+- cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never
+  falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not depend on it.
 
-Every function raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype. Gradients flow to q, k, v, g,
-g_gamma and initial_state; forward-mode AD and double backward raise NotImplementedError.
+Every function raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype. Gradients flow to q,
+k, v, g, g_gamma and initial_state; forward-mode AD and double backward raise NotImplementedError.
 """
 
 from __future__ import annotations
@@ -49,14 +49,26 @@ def chunk_simple_gla(
     Args:
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu:
             see the module's docstring.
-        chunk_size: steps in a chunk, a power of two from 16 to 256. A matter of speed, not of the result: a kernel may cut a
+        chunk_size: steps in a chunk, a power of two from 16 to 256. A matter of speed, not of the result: a kernel
+        may cut a
             chunk into smaller tiles.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.chunk_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        chunk_size,
     )
     return o, final_state
 
@@ -75,12 +87,24 @@ def fused_chunk_simple_gla(
     cu_seqlens_cpu: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunkwise form in one pass: each sequence and head walks its chunks with the state at hand. For many heads, or little memory.
+    """Chunkwise form in one pass: each sequence and head walks its chunks with the state at hand. For many heads, or
+    little memory.
 
     Arguments and results are chunk_simple_gla's.
     """
     o, final_state = torch.ops.fla.fused_chunk_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        chunk_size,
     )
     return o, final_state
 
@@ -110,7 +134,18 @@ def fused_recurrent_simple_gla(
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.fused_recurrent_simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        reverse,
+        state_v_first,
+        cu_seqlens,
+        cu_seqlens_cpu,
     )
     return o, final_state
 
@@ -130,13 +165,16 @@ def parallel_simple_gla(
 
     Args:
         q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: see the module's docstring.
-        output_attentions: also return attn_ij = scale * exp(G_i - G_j) q_i . k_j for j <= i in one sequence, else 0, with G
+        output_attentions: also return attn_ij = scale * exp(G_i - G_j) q_i . k_j for j <= i in one sequence, else 0,
+        with G
             the running sum of g.
 
     Returns:
         o [B, T, H, V] and attn [B, H, T, T] (or None), both in v's dtype.
     """
-    o, attn = torch.ops.fla.parallel_simple_gla(q, k, v, g, g_gamma, scale, output_attentions, cu_seqlens, cu_seqlens_cpu)
+    o, attn = torch.ops.fla.parallel_simple_gla(
+        q, k, v, g, g_gamma, scale, output_attentions, cu_seqlens, cu_seqlens_cpu
+    )
     return o, attn
 
 
@@ -155,9 +193,11 @@ def simple_gla_step_(
     Args:
         q, k: [N, HK, K]. v: [N, H, V]. g: [N, H]. g_gamma: [H]. scale: as in the module's docstring.
         state: [P, H, K, V], float32, bfloat16 or float16; the arithmetic is float32.
-        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or written for it
-            and its output is zero. None means row n for sequence n, and P = N. A slot outside the pool is a ValueError on a
-            CPU; a GPU, where no value can be read back, leaves the pool alone and fills that output row with NaN.
+        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
+        written for it
+            and its output is zero. None means row n for sequence n, and P = N. A slot outside the pool is a
+            ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills that output
+            row with NaN.
 
     Returns:
         o [N, H, V] in v's dtype.
@@ -188,7 +228,8 @@ def simple_gla(
     """The form that suits the call: `fla_ops.explain(fla_ops.simple_gla, ...)` says which, and why not the others.
 
     Args:
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size,
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        chunk_size,
             reverse: as for the forms.
         mode: "auto", or one of "chunk", "fused_chunk", "fused_recurrent", "parallel". A named form is used or refused.
 
@@ -200,9 +241,21 @@ def simple_gla(
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
     o, final_state = torch.ops.fla.simple_gla(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size,
-        reverse, mode,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        g,
+        g_gamma,
+        scale,
+        initial_state,
+        output_final_state,
+        state_v_first,
+        cu_seqlens,
+        cu_seqlens_cpu,
+        chunk_size,
+        reverse,
+        mode,
+    )
     return o, final_state
 
 

@@ -146,7 +146,9 @@ def _steps(
     start: int,
     end: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Scaled queries, keys and values [T, B * H, D] and decay factors [T, B * H, 1, 1] of the steps from start to end."""
+    """Scaled queries, keys and values [T, B * H, D] and decay factors [T, B * H, 1, 1] of the steps from start to
+    end.
+    """
     dtype, heads = compute_dtype(v), v.shape[2]
     queries, keys, values = (_time_first(x[:, start:end], dtype, heads) for x in (q, k, v))
     decay = None

@@ -79,7 +79,9 @@ def launch(
         and q.dtype == k.dtype == v.dtype
         and q.dtype in valid.FLOATS
         and q.device == k.device == v.device
-        and (g is None or (g_gamma is None and g.shape == sizes[:3] and g.dtype in valid.FLOATS and g.device == q.device))
+        and (
+            g is None or (g_gamma is None and g.shape == sizes[:3] and g.dtype in valid.FLOATS and g.device == q.device)
+        )
         and g_gamma is initial_state is cu_seqlens is cu_seqlens_cpu is None
         and chunk_size in valid.CHUNK_SIZES
     ):

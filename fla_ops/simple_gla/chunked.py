@@ -5,8 +5,8 @@ Inside a chunk of C steps the quadratic form is a masked C x C product; across c
     o_i = sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i        (q already scaled)
     S'  = d S + sum_j b_j k_j v_j^T
 
-D_ij is the decay from step j to step i, a_i from the chunk's start to i, b_j from j to the chunk's end, d over the chunk.
-Tensors are [rows, lanes, HK, G, C, width]: G value heads share each query/key head.
+D_ij is the decay from step j to step i, a_i from the chunk's start to i, b_j from j to the chunk's end, d over the
+chunk. Tensors are [rows, lanes, HK, G, C, width]: G value heads share each query/key head.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def backward(
         dg = _gate_gradient(queries, keys, dq, dk, dk_across, states, dstates, decay)
         dg = layout.join(dg.flatten(2, 3)[..., None], dg.dtype if need_gamma else g.dtype).squeeze(-1)
         if need_gamma:
-            dg, dgamma = None, dg.sum((0, 1)).to(g_gamma.dtype)
+            dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
     if need_q:
         factor = scale_of(q, scale)
         dq = dq.mul_(decay.row * factor if isinstance(decay, Factors) else factor)
@@ -101,7 +101,7 @@ def backward(
         layout.join(_sum_group(dq), q.dtype) if need_q else None,
         layout.join(_sum_group(dk), k.dtype) if need_k else None,
         dv,
-        dg,
+        dg if need_g else None,
         dgamma,
         leave_state(dstate, state_v_first).to(initial_state.dtype) if need_state else None,
     )
@@ -158,9 +158,7 @@ def _cut(
     return (keys if q is None else queries.mul_(factor)), keys, values, decay
 
 
-def _states(
-    layout: Any, keys: Tensor, values: Tensor, decay: Weights, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _states(layout: Any, keys: Tensor, values: Tensor, decay: Weights, initial: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state that each chunk reads (with Factors: decayed over the chunk), and the final one."""
     updates = _writing(keys, decay).mT @ values
     if isinstance(decay, Factors):
@@ -168,9 +166,7 @@ def _states(
     return cast("tuple[Tensor, Tensor]", layout.scan(updates, None if decay is None else decay.total, initial))
 
 
-def _dstates(
-    layout: Any, queries: Tensor, do: Tensor, decay: Weights, dfinal: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _dstates(layout: Any, queries: Tensor, do: Tensor, decay: Weights, dfinal: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradient that arrives at each chunk's final state, and the initial state's."""
     updates = _reading(queries, decay).mT @ do
     if isinstance(decay, Factors):

@@ -78,15 +78,11 @@ def choose(
     return select(FORMS, request, mode, order(request))
 
 
-def dispatch(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size,
-    reverse, mode,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The body of torch.ops.fla.simple_gla: a call of the chosen form's operator."""
-    choice = choose(
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        chunk_size, reverse, mode,
-    )  # fmt: skip
+def dispatch(*args: Any) -> tuple[Tensor, Tensor | None]:
+    """The body of torch.ops.fla.simple_gla: a call of the chosen form's operator. The arguments are those of choose."""
+    q, k, v, g, g_gamma, scale, *states, cu_seqlens, cu_seqlens_cpu, chunk_size, reverse, _ = args
+    initial_state, output_final_state, state_v_first = states
+    choice = choose(*args)
     operator: Any = getattr(torch.ops.fla, choice.form.operator)
     if choice.form.name == "parallel":
         o, _ = operator(q, k, v, g, g_gamma, scale, False, cu_seqlens, cu_seqlens_cpu)

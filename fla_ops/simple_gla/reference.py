@@ -18,15 +18,18 @@ def recurrent(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t; returns o [B, T, H, V] and the last S [N, H, K, V]."""
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t; returns o [B, T, H, V] and the last S [N, H, K,
+    V].
+    """
     if cu_seqlens is not None:
         runs = []
         for n, (start, end) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False)):
-            piece = [None if x is None else x[:, start:end] for x in (q, k, v, g)]
+            steps = slice(start, end)
+            gate = None if g is None else g[:, steps]
             state = None if initial_state is None else initial_state[n : n + 1]
-            runs.append(recurrent(*piece, g_gamma, scale, state, reverse, state_v_first))
-        outputs, states = zip(*runs, strict=True)
-        return torch.cat(outputs, 1), torch.cat(states)
+            piece = (q[:, steps], k[:, steps], v[:, steps])
+            runs.append(recurrent(*piece, gate, g_gamma, scale, state, reverse, state_v_first))
+        return torch.cat([o for o, _ in runs], 1), torch.cat([state for _, state in runs])
 
     batch, time, heads, value_width = v.shape
     key_width = q.shape[3]
@@ -60,7 +63,9 @@ def parallel(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """attn_ij = scale * exp(g_{j+1} + ... + g_i) q_i.k_j for j <= i in one sequence; returns o = attn v and attn [B, H, T, T]."""
+    """attn_ij = scale * exp(g_{j+1} + ... + g_i) q_i.k_j for j <= i in one sequence; returns o = attn v and attn [B,
+    H, T, T].
+    """
     batch, time, heads, _ = v.shape
     scale = q.shape[3] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype is torch.float64 else torch.float32

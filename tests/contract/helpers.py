@@ -1,0 +1,173 @@
+"""What every operator must pass, written once over the registry: the tests of this folder run over `tests.cases`.
+
+    test_coverage.py  names the cases, gradients and refusals that an operator still lacks
+    test_numbers.py   forward and every gradient against the reference
+    test_opcheck.py   torch.library.opcheck, and fake = real, for every combination of optional inputs
+    test_compile.py   one graph, equal numbers, no recompilation
+    test_export.py    dynamic batch and time, saved and loaded
+    test_bits.py      every element written, equal bits twice, alone and in company
+    test_errors.py    refused calls, eager and compiled
+    test_autograd.py  torch.func, checkpointing, autocast, what has no derivative, FLOP counts
+
+This file holds what they share: running a case with gradients, and recording which operators ran.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fla_ops
+from fla_ops import Operator
+from tests.cases import Case, Draw, Inputs, cases, tensors
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+Named = dict[str, Tensor | None]
+
+
+def operators(*kinds: str) -> list[Operator]:
+    """Operators that people call, of some kinds or all; a backward operator is reached through its forward."""
+    return [
+        op for op in fla_ops.ops().values() if not op.name.endswith("_backward") and (not kinds or op.kind in kinds)
+    ]
+
+
+def params(selected: Iterable[Case], *, dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
+    """(case, device), or (case, device, dtype), as test parameters with ids that say what they are."""
+    found = []
+    for case in selected:
+        for device in DEVICES:
+            if dtypes is None:
+                found.append(pytest.param(case, device, id=f"{case}-{device}"))
+                continue
+            for dtype in dtypes:
+                if dtype in DTYPES[device] and dtype in case.dtypes:
+                    found.append(pytest.param(case, device, dtype, id=f"{case}-{device}-{str(dtype)[6:]}"))
+    return found
+
+
+def differentiable(tag: str | None = None) -> list[Case]:
+    """Cases of operators that have a gradient, those that only compose others included."""
+    return [case for case in cases(tag=tag) if case.trained]
+
+
+def requiring(inputs: Inputs, names: Iterable[str]) -> Inputs:
+    """The same inputs, with a gradient wanted of those named; strides stay."""
+    return {
+        name: pytree.tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), value) if name in names else value
+        for name, value in inputs.items()
+    }
+
+
+def labelled(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Tensor | None]]:
+    """Each tensor with its name; the parts of a tuple are numbered."""
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, (tuple, list)):
+            yield from labelled([f"{name}.{i}" for i in range(len(value))], value)
+        else:
+            yield name, value
+
+
+def cotangents(outputs: Mapping[str, Tensor | None], seed: int = 0) -> Named:
+    """A gradient to arrive at each floating output."""
+    return {
+        name: None if y is None else Draw(y.dtype, y.device, seed).normal(f"d{name}", y.shape)
+        for name, y in outputs.items()
+    }
+
+
+def gradients(case: Case, outputs: Named, inputs: Inputs, arriving: Named, names: Iterable[str]) -> Named:
+    """The gradient of each named input; zeros where it does not reach the outputs."""
+    wanted = dict(labelled([f"d{name}" for name in names], [inputs[name] for name in names]))
+    live = {name: y for name, y in outputs.items() if y is not None and y.requires_grad}
+    upstream = [arriving[name].to(y.dtype) for name, y in live.items()]
+    found = torch.autograd.grad(list(live.values()), list(wanted.values()), upstream, allow_unused=True)
+    return {
+        name: torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(wanted.items(), found, strict=True)
+    }
+
+
+def evaluate(
+    case: Case,
+    inputs: Inputs,
+    function: Callable[[Inputs], tuple[Any, ...]] | None = None,
+    arriving: Named | None = None,
+    wanted: Iterable[str] | None = None,
+) -> Named:
+    """Outputs and gradients by name: {"o": ..., "final_state": None, "dq": ...}. `function` is the operator unless given."""
+    names = case.trained if wanted is None else tuple(wanted)
+    inputs = requiring(inputs, names)
+    outputs = dict(labelled(case.outputs, (function or case.call)(inputs)))
+    if not names:
+        return outputs
+    return outputs | gradients(case, outputs, inputs, arriving or cotangents(outputs), names)
+
+
+def detached(values: Named) -> Named:
+    """Without the graphs behind them."""
+    return {name: None if x is None else x.detach() for name, x in values.items()}
+
+
+def assert_same_bits(found: Named, expected: Named) -> None:
+    """Equal in every bit, NaN included; names what is not."""
+    assert found.keys() == expected.keys()
+    different = [name for name, x in found.items() if not same_bits(x, expected[name])]
+    assert not different, f"bits differ in {', '.join(different)}"
+
+
+def same_bits(x: Tensor | None, y: Tensor | None) -> bool:
+    """Whether two tensors, or two Nones, are the same."""
+    if x is None or y is None:
+        return x is y
+    return x.dtype == y.dtype and torch.equal(x.nan_to_num(nan=7e4), y.nan_to_num(nan=7e4)) and x.shape == y.shape
+
+
+class Call(NamedTuple):
+    """One operator call that a Recorder saw."""
+
+    overload: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+
+
+class Recorder(TorchDispatchMode):
+    """Records every call of an operator of ours, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and note it."""
+        outputs = function(*args, **(kwargs or {}))
+        if function.namespace == "fla":
+            self.calls.append(Call(function, args, kwargs or {}, outputs))
+        return outputs
+
+
+def backward_calls(case: Case, inputs: Inputs, wanted: Iterable[str] | None = None) -> list[Call]:
+    """The backward operators that a case's gradient calls, with their arguments."""
+    with Recorder() as recorder:
+        evaluate(case, inputs, wanted=wanted)
+    return [call for call in recorder.calls if call.overload._opname.endswith("_backward")]
+
+
+def floats(value: Any) -> list[Tensor]:
+    """The floating tensors in a value."""
+    return [x for x in tensors(value) if x.is_floating_point()]
