@@ -67,7 +67,7 @@ for form in ("chunk", "fused_chunk"):
         backward=_chunk_gradient(f"{form}_simple_gla_backward"),
         cast=ACTIVATIONS,
         flops=_flops.linear_chunk,
-        inline={"cpu": "fla_ops.simple_gla.traced:forward"},
+        inline={"cpu": "fla_ops.simple_gla.traced:forward", "cuda": f"fla_ops.simple_gla.{form}:forward"},
         tags=CONTIGUOUS,
     )
     register(
@@ -78,7 +78,7 @@ for form in ("chunk", "fused_chunk"):
         cuda=f"fla_ops.simple_gla.{form}:backward",
         fake=fake.chunk_backward,
         flops=_flops.linear_chunk_backward,
-        inline={"cpu": "fla_ops.simple_gla.traced:backward"},
+        inline={"cpu": "fla_ops.simple_gla.traced:backward", "cuda": f"fla_ops.simple_gla.{form}:backward"},
         tags=CONTIGUOUS,
     )
 

@@ -1,8 +1,9 @@
-"""The gradient of scalar gates from those of queries and keys, where these are exact in float32.
+"""The gradient of scalar gates from those of queries and keys.
 
-    dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s) + <S_T, dS_T>
+    dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s)
 
-over one sequence, S_T its final state. With REVERSE the sequence ran backwards in time and the sum runs over s <= t.
+over one sequence, or over the rest of a chunk plus <S, dS> at its end, where that is known: then no rounding adds up along the
+sequence. With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a chunk ends at its first step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.chunk_index import sequence_bounds
+from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gates import RESET, load_log_decay
 from fla_ops.common.tiles import load_rows, split_program
 
@@ -21,10 +22,10 @@ from fla_ops.common.tiles import load_rows, split_program
 @triton.jit(do_not_specialize=["T"])
 def gate_gradient_kernel(
     q, k, dq, dk, g,                        # [B, T, HK, K] x 2, [B, T, H, K] x 2, [B, T, H] or [H]
-    final, dfinal, dg,                      # [N, H, STATE] x 2, [B, T, H]
-    cu_seqlens,                             # [N + 1]
+    ends, dg,                               # [rows, H, PARTS], [B, T, H]
+    cu_seqlens, chunk_ends,                 # [N + 1], [N]
     T,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, STATE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr,
 ):
     n, head, _ = split_program(1, H)
@@ -35,18 +36,15 @@ def gate_gradient_kernel(
     dk += head * K
 
     beyond = 0.0
-    if dfinal is not None:
-        products = tl.zeros([BT * BK], tl.float32)
-        for offset in range(0, STATE, BT * BK):
-            element = offset + tl.arange(0, BT * BK)
-            at = (n * H + head) * STATE + element
-            left = tl.load(final + at, mask=element < STATE, other=0.0).to(tl.float32)
-            products += left * tl.load(dfinal + at, mask=element < STATE, other=0.0).to(tl.float32)
-        beyond += tl.sum(products, 0)
+    row = first_row(n, chunk_ends, T, BT)
     chunks = tl.cdiv(length, BT)
     for c in range(chunks):
         i = c if REVERSE else chunks - 1 - c
         first, steps = start + i * BT, length - i * BT
+        if ends is not None:
+            beyond = 0.0
+            for part in range(PARTS):
+                beyond += tl.load(ends + ((row + i) * H + head) * PARTS + part)
         change = tl.zeros([BT], tl.float32)
         for key in range(0, K, BK):
             read = load_rows(q, first, steps, key, HK, K, BT, BK).to(tl.float32)
@@ -67,21 +65,24 @@ def gate_gradient(
     dq: Tensor,
     dk: Tensor,
     gate: tuple[Tensor | None, str],
-    final: Tensor | None,
-    dfinal: Tensor | None,
+    index: ChunkIndex,
+    ends: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dg [B, T, H] in `dtype`, from float32 gradients [B, T, H, K] of each value head's queries and keys."""
+    """dg [B, T, H] in `dtype`, from float32 gradients [B, T, H, K] of each value head's queries and keys.
+
+    ends [rows, H, parts] is <S, dS> at the end of each of the index's chunks, in parts.
+    """
     batch, time, heads, key_width = dq.shape
     dg = torch.empty((batch, time, heads), dtype=dtype, device=dq.device)
     entry = launch.entry("gate_gradient", q, key_width, key_width)
     launch.run(
         gate_gradient_kernel,
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
-        q, k, dq, dk, gate[0], final, dfinal, dg, cu_seqlens, time,
-        H=heads, HK=q.shape[2], K=key_width, STATE=0 if final is None else final[0, 0].numel(),
-        BT=entry["BT"], BK=launch.block(entry["BK"], key_width), DECAY=gate[1], REVERSE=reverse, **launch.options(entry),
+        q, k, dq, dk, gate[0], ends, dg, cu_seqlens, index.ends, time,
+        H=heads, HK=q.shape[2], K=key_width, BT=index.size, BK=launch.block(entry["BK"], key_width),
+        PARTS=0 if ends is None else ends.shape[2], DECAY=gate[1], REVERSE=reverse, **launch.options(entry),
     )
     return dg

@@ -25,7 +25,7 @@ def chunk_state_kernel(
     scale, T,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):
     """One program carries one [BK, BV] tile of one head's state along one sequence."""
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -53,7 +53,7 @@ def chunk_state_kernel(
         _, _, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         if DECAY != "none" or REVERSE:
             values = (values * (scale * leave)[:, None]).to(values.dtype)
-        state = state * total + dot(tl.trans(keys), values)
+        state = state * total + dot(tl.trans(keys), values, PRECISION)
     if final is not None:
         tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
 
@@ -86,6 +86,6 @@ def chunk_states(
         sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
         k, v, gate[0], initial, states, final, cu_seqlens, index.ends, scale, time,
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
-        DECAY=gate[1], REVERSE=reverse, TRANSPOSED=state_v_first, **launch.options(entry),
+        DECAY=gate[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=state_v_first, **launch.options(entry),
     )
     return states

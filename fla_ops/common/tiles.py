@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -14,9 +18,11 @@ def split_program(BLOCKS: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    """a b, accumulated in float32; float32 operands are multiplied as float32, not as tf32."""
-    return tl.dot(a, b, input_precision="ieee")
+def dot(a, b, PRECISION: tl.constexpr):
+    """a b, accumulated in float32. PRECISION is that of float32 operands: "ieee", or "tf32x3", which is as accurate."""
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

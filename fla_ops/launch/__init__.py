@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 Entry = dict[str, Any]
 
@@ -45,6 +46,11 @@ def entry(kernel: str, x: torch.Tensor, key_width: int, value_width: int) -> Ent
     return _nearest(device_class(x.device.index), kernel, x.dtype, key_width, value_width)
 
 
+def covers(kernel: str, x: torch.Tensor, key_width: int) -> bool:
+    """Whether a kernel that holds all of key_width in one program has settings for it."""
+    return entry(kernel, x, key_width, 0)["key_width"] >= key_width
+
+
 @cache
 def _nearest(device: str, kernel: str, dtype: torch.dtype, key_width: int, value_width: int) -> Entry:
     wanted = ("any", "float32" if dtype is torch.float32 else "half")
@@ -62,14 +68,20 @@ def block(limit: int, width: int) -> int:
     return min(limit, max(16, 1 << (width - 1).bit_length()))
 
 
+def precision(entry: Entry) -> str:
+    """How float32 operands are multiplied: "ieee", or "tf32x3" (three products of tf32 parts, as accurate as float32)."""
+    chosen: str = entry.get("precision", "ieee")
+    return chosen
+
+
 def options(entry: Entry) -> dict[str, int]:
     """The part of an entry that Triton's compiler takes."""
     return {"num_warps": entry["num_warps"], "num_stages": entry["num_stages"]}
 
 
 def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Launch `programs` programs along axis 0, the one that is not limited to 65535."""
-    if programs > 0:
+    """Launch `programs` programs along axis 0, the one that is not limited to 65535; in traced code, record the launch."""
+    if any(isinstance(x, FunctionalTensor) for x in args):
+        torch.library.wrap_triton(kernel)[(programs,)](*args, **constants)
+    elif programs > 0:
         kernel[(programs,)](*args, **constants)
-
-

@@ -30,7 +30,7 @@ def chunk_output_kernel(
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
     scale, T, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     row, head, block = split_program((V + BV - 1) // BV, H)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
@@ -48,11 +48,11 @@ def chunk_output_kernel(
         queries = load_rows(q, first, steps, key, HK, K, BT, BK)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         at, inside = state_tile(row * H + head, key, block * BV, K, V, BK, BV, False)
-        scores += dot(queries, tl.trans(keys))
-        out += dot(queries, tl.load(states + at, mask=inside, other=0.0))
+        scores += dot(queries, tl.trans(keys), PRECISION)
+        out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
     decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
-    out = out * from_start[:, None] + dot((scores * decay).to(values.dtype), values)
+    out = out * from_start[:, None] + dot((scores * decay).to(values.dtype), values, PRECISION)
     store_rows(o, out * scale, first, steps, block * BV, H, V, BT, BV)
 
 
@@ -80,6 +80,6 @@ def forward(
         q, k, v, decay[0], states, o, cu_seqlens, index.sequence, index.ends,
         scale_of(q, scale), time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
-        DECAY=decay[1], **launch.options(entry),
+        DECAY=decay[1], PRECISION=launch.precision(entry), **launch.options(entry),
     )
     return o, final

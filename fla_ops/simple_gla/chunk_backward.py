@@ -7,8 +7,12 @@ chunk's start to step i, b_j from step j to its end and d over all of it:
     dk_j = sum_i W_ij (do_i . v_j) q_i + b_j dS v_j
     dv_j = sum_i W_ij (q_i . k_j) do_i + b_j dS^T k_j
 
-Every gate acts through the running sum P of the gates in its chunk: dP_i = q_i . dq_i - k_i . dk_i, and the chunk's end adds
-sum_j b_j k_j . dS v_j + d <S, dS>; dg is the sum of dP from a step to the chunk's end. Nothing accumulates along the sequence.
+A gate at step t scales what passes it: pairs (i, j) of its chunk with j < t <= i, S on its way to the steps i >= t and to the chunk's
+end, and what the steps j < t leave there. With dk_j split into x_j + y_j as above,
+
+    dg_t = sum_{i >= t} (q_i . dq_i - k_i . x_i) + sum_{j < t} k_j . y_j + d <S, dS>
+
+so nothing accumulates along the sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import triton.language as tl
 from fla_ops import launch
 from fla_ops.common import chunk_index
 from fla_ops.common.chunk_index import locate_chunk
-from fla_ops.common.gates import RESET, block_decay, gate, last, load_log_decay
+from fla_ops.common.gates import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.heads import group_sum, per_value_head
 from fla_ops.common.state import chunk_states
 from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
@@ -32,21 +36,23 @@ from .launching import contiguous, scale_of
 def query_key_gradient(
     q, k, v, do,                            # at this head: [time, HK, K] x 2, [time, H, V] x 2
     states, dstates, dq, dk,                # [rows, H, K, V] x 2; at this head: [time, H, K] x 2
-    decay, from_start, to_end, total, scale,
+    decay, from_start, to_end, scale,
     matrix, first, steps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
 ):
-    """Writes dq and dk where they are given; returns dP [BT], complete if both are needed."""
+    """Writes dq and dk where they are given; returns q_i . dq_i - k_i . x_i [BT], k_j . y_j [BT] and <S, dS>, if both are needed."""
     dscores = tl.zeros([BT, BT], tl.float32)
     for value in range(0, V, BV):
         dout = load_rows(do, first, steps, value, H, V, BT, BV)
         values = load_rows(v, first, steps, value, H, V, BT, BV)
-        dscores += dot(dout, tl.trans(values))
+        dscores += dot(dout, tl.trans(values), PRECISION)
     dscores = (dscores * decay * scale).to(v.dtype.element_ty)
 
-    dsums = tl.zeros([BT], tl.float32)
-    dend = 0.0
+    later = tl.zeros([BT], tl.float32)
+    earlier = tl.zeros([BT], tl.float32)
+    overlap = 0.0
     for key in range(0, K, BK):
         dqueries = tl.zeros([BT, BK], tl.float32)
         dkeys = tl.zeros([BT, BK], tl.float32)
@@ -54,28 +60,27 @@ def query_key_gradient(
             at, inside = state_tile(matrix, key, value, K, V, BK, BV, False)
             if NEED_Q:
                 state = tl.load(states + at, mask=inside, other=0.0)
-                dqueries += dot(load_rows(do, first, steps, value, H, V, BT, BV), tl.trans(state))
+                dqueries += dot(load_rows(do, first, steps, value, H, V, BT, BV), tl.trans(state), PRECISION)
             if NEED_K:
                 dstate = tl.load(dstates + at, mask=inside, other=0.0)
-                dkeys += dot(load_rows(v, first, steps, value, H, V, BT, BV), tl.trans(dstate))
+                dkeys += dot(load_rows(v, first, steps, value, H, V, BT, BV), tl.trans(dstate), PRECISION)
             if NEED_Q and NEED_K:
-                dend += total * tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+                overlap += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
         queries = load_rows(q, first, steps, key, HK, K, BT, BK)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         if NEED_Q:
-            dqueries = dqueries * (scale * from_start)[:, None] + dot(dscores, keys)
-            dsums += tl.sum(queries.to(tl.float32) * dqueries, 1)
+            dqueries = dqueries * (scale * from_start)[:, None] + dot(dscores, keys, PRECISION)
+            later += tl.sum(queries.to(tl.float32) * dqueries, 1)
             if dq is not None:
                 store_rows(dq, dqueries, first, steps, key, H, K, BT, BK)
         if NEED_K:
             dkeys *= to_end[:, None]
-            across = tl.sum(keys.to(tl.float32) * dkeys, 1)
-            inner = dot(tl.trans(dscores), queries)
-            dsums -= across + tl.sum(keys.to(tl.float32) * inner, 1)
-            dend += tl.sum(across, 0)
+            inner = dot(tl.trans(dscores), queries, PRECISION)
+            later -= tl.sum(keys.to(tl.float32) * inner, 1)
+            earlier += tl.sum(keys.to(tl.float32) * dkeys, 1)
             if dk is not None:
                 store_rows(dk, dkeys + inner, first, steps, key, H, K, BT, BK)
-    return dsums + tl.where(tl.arange(0, BT) == BT - 1, dend, 0.0)
+    return later, earlier, overlap
 
 
 @triton.jit
@@ -84,23 +89,23 @@ def value_gradient(
     decay, to_end, scale,
     matrix, first, steps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Writes dv."""
     scores = tl.zeros([BT, BT], tl.float32)
     for key in range(0, K, BK):
         queries = load_rows(q, first, steps, key, HK, K, BT, BK)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
-        scores += dot(queries, tl.trans(keys))
+        scores += dot(queries, tl.trans(keys), PRECISION)
     scores = (scores * decay * scale).to(do.dtype.element_ty)
     for value in range(0, V, BV):
         dvalues = tl.zeros([BT, BV], tl.float32)
         for key in range(0, K, BK):
             at, inside = state_tile(matrix, key, value, K, V, BK, BV, False)
             keys = load_rows(k, first, steps, key, HK, K, BT, BK)
-            dvalues += dot(keys, tl.load(dstates + at, mask=inside, other=0.0))
+            dvalues += dot(keys, tl.load(dstates + at, mask=inside, other=0.0), PRECISION)
         dout = load_rows(do, first, steps, value, H, V, BT, BV)
-        dvalues = dvalues * to_end[:, None] + dot(tl.trans(scores), dout)
+        dvalues = dvalues * to_end[:, None] + dot(tl.trans(scores), dout, PRECISION)
         store_rows(dv, dvalues, first, steps, value, H, V, BT, BV)
 
 
@@ -112,7 +117,7 @@ def chunk_backward_kernel(
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
     scale, T, N,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):
     row, head, _ = split_program(1, H)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
@@ -127,17 +132,19 @@ def chunk_backward_kernel(
     decay, from_start, to_end, total = block_decay(g, first, steps, head, H, BT, DECAY, False)
     if dv is not None:
         value_gradient(
-            q, k, do, dstates, dv + head * V, decay, to_end, scale, matrix, first, steps, H, HK, K, V, BT, BK, BV
+            q, k, do, dstates, dv + head * V, decay, to_end, scale, matrix, first, steps,
+            H, HK, K, V, BT, BK, BV, PRECISION,
         )
     if dq is not None or dk is not None or dg is not None:
-        dsums = query_key_gradient(
+        later, earlier, overlap = query_key_gradient(
             q, k, v, do, states, dstates, None if dq is None else dq + head * K, None if dk is None else dk + head * K,
-            decay, from_start, to_end, total, scale, matrix, first, steps, H, HK, K, V, BT, BK, BV,
+            decay, from_start, to_end, scale, matrix, first, steps, H, HK, K, V, BT, BK, BV, PRECISION,
             dq is not None or dg is not None, dk is not None or dg is not None,
         )
         if dg is not None:
             log_decay = load_log_decay(g, first, steps, head, H, BT, DECAY)
-            dlog_decay = tl.where(log_decay <= RESET, 0.0, tl.cumsum(dsums, 0, reverse=True))
+            dlog_decay = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier) + total * overlap
+            dlog_decay = tl.where(log_decay <= RESET, 0.0, dlog_decay)
             t = tl.arange(0, BT)
             tl.store(dg + (first + t) * H + head, dlog_decay.to(dg.dtype.element_ty), mask=t < steps)
 
@@ -176,7 +183,7 @@ def backward(
             q, k, v, do, decay[0], states, dstates, dq, dk, dv, dg, cu_seqlens, index.sequence, index.ends,
             scale, time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
             H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
-            DECAY=decay[1], **launch.options(entry),
+            DECAY=decay[1], PRECISION=launch.precision(entry), **launch.options(entry),
         )
     return (
         group_sum(dq, q) if need_q else None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fla_ops import validation as valid
 from fla_ops.dispatch import Choice, Form, Request, select, wants_gradient
 from fla_ops.launch.crossovers import crossovers
 
@@ -35,13 +36,11 @@ FORMS = (
 def order(r: Request) -> tuple[str, ...]:
     """Forms from fastest to slowest for this call; the general form serves a time that is not known."""
     table = crossovers("simple_gla", r.device, r.gradient)
-    if r.known(r.time <= table["recurrent_up_to"]):
-        return ("fused_recurrent", "chunk", "fused_chunk", "parallel")
-    if r.known(r.time <= table["parallel_up_to"]):
-        return ("parallel", "chunk", "fused_chunk", "fused_recurrent")
-    if r.known(r.batch * r.heads >= table["fused_from_heads"]) and r.known(r.time >= table["fused_from_time"]):
-        return ("fused_chunk", "chunk", "fused_recurrent", "parallel")
-    return ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+    many = r.known(r.batch * r.heads >= table["fused_from_heads"]) and r.known(r.time >= table["fused_from_time"])
+    chunked = ("fused_chunk", "chunk") if many else ("chunk", "fused_chunk")
+    few = r.known(r.time <= table["recurrent_up_to"])
+    linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
+    return ("parallel", *linear) if r.known(r.time <= table["parallel_up_to"]) else (*linear, "parallel")
 
 
 def choose(
@@ -61,6 +60,8 @@ def choose(
     mode: str = "auto",
 ) -> Choice:
     """The form for these arguments, which are the dispatcher's."""
+    valid.rank("q", q, "[B, T, HK, K]")  # the rest is for the form's operator to check
+    valid.rank("v", v, "[B, T, H, V]")
     request = Request(
         family="simple_gla",
         device=v.device.type,

@@ -6,7 +6,7 @@
 The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k), dv that of (k, q, do) and dk that
 of (v, do, q) backwards in time, with the gradient of the state as the state. The gradient of a gate would be a difference of two such
 results summed along the whole sequence, in which 16-bit rounding adds up: with gates the chunk form's gradient is used instead, which
-is exact inside each chunk and reads less.
+is exact inside each chunk and reads less. So are its kernels where a state is too wide for one program.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fla_ops.common.gates import block_decay, gate
 from fla_ops.common.heads import group_sum, per_value_head
 from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
 
-from . import checks, chunk_backward
-from .launching import WIDEST, check_offsets, contiguous, final_state, refuse_float64, refuse_width, scale_of
+from . import checks, chunk
+from .launching import check_offsets, contiguous, final_state, refuse_float64, scale_of
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -34,7 +34,7 @@ def fused_chunk_kernel(
     read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):
     n, head, block = split_program((V + BV - 1) // BV, H)
     value = block * BV
@@ -53,14 +53,17 @@ def fused_chunk_kernel(
         first, steps = start + i * BT, length - i * BT
         keys = load_rows(k, first, steps, 0, HK, K, BT, BK)
         values = load_rows(v, first, steps, value, HV, V, BT, BV)
-        decay, enter, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         if o is not None:
             queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
-            scores = dot(queries, tl.trans(keys)) * (decay * write_scale)
-            out = dot(queries, state.to(queries.dtype)) * enter[:, None] + dot(scores.to(values.dtype), values)
-            store_rows(o + head * V, out * read_scale, first, steps, value, H, V, BT, BV)
+            out = dot(queries, state.to(queries.dtype), PRECISION)
+            scores = dot(queries, tl.trans(keys), PRECISION)
+        decay, enter, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         written = (values * (leave * write_scale)[:, None]).to(values.dtype)
-        state = state * total + dot(tl.trans(keys), written)
+        state = state * total + dot(tl.trans(keys), written, PRECISION)
+        if o is not None:
+            scores = (scores * (decay * write_scale)).to(values.dtype)
+            out = out * enter[:, None] + dot(scores, values, PRECISION)
+            store_rows(o + head * V, out * read_scale, first, steps, value, H, V, BT, BV)
     if final is not None:
         tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
 
@@ -91,8 +94,8 @@ def walk(
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
         q, k, v, decay[0], initial, o, final, cu_seqlens, read_scale, write_scale, time,
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
-        BT=min(chunk_size, entry["BT"]), BK=launch.block(WIDEST, key_width), BV=value_block,
-        DECAY=decay[1], REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
+        BT=min(chunk_size, entry["BT"]), BK=launch.block(entry["key_width"], key_width), BV=value_block,
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
     )
 
 
@@ -102,7 +105,10 @@ def forward(
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
     checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
     refuse_float64(q)
-    refuse_width("K", q.shape[3])
+    if not launch.covers("fused_chunk", q, q.shape[3]):
+        return chunk.forward(
+            q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+        )
     check_offsets(cu_seqlens, q.shape[1])
     q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
     final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
@@ -119,8 +125,8 @@ def backward(
 ):
     """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
     need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
-    if need_g or need_gamma or max(q.shape[3], v.shape[3]) > WIDEST:
-        return chunk_backward.backward(
+    if need_g or need_gamma or not launch.covers("fused_chunk", q, max(q.shape[3], v.shape[3])):
+        return chunk.backward(
             q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
         )
     q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(

@@ -4,10 +4,13 @@
 
 With reverse=True time runs backwards. The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k) in
 the same direction; dv is that of (k, q, do) and dk that of (v, do, q) in the other, with the gradient of the state as the state. That
-one decays on leaving a step, not on entering it: dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T.
+one decays on leaving a step, not on entering it: dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T. For the gates' gradient the walk for
+dq keeps the state at the end of every BT steps, and the walk for dk takes its product with the gradient that arrives there.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.chunk_index import sequence_bounds
+from fla_ops.common import chunk_index
+from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gate_gradient import gate_gradient
 from fla_ops.common.gates import gate
 from fla_ops.common.heads import group_sum, per_value_head
@@ -29,14 +33,16 @@ from .launching import WIDEST, check_offsets, contiguous, final_state, refuse_fl
 def fused_recurrent_kernel(
     q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
     initial, o, final,                      # [N, H, K, V], [B, T, H, V], [N, H, K, V]; TRANSPOSED: the states are [N, H, V, K]
-    cu_seqlens,                             # [N + 1]
+    kept, products,                         # [rows, H, K, V], [rows, H, value blocks]; kept is written unless products is given
+    cu_seqlens, chunk_ends,                 # [N + 1], [N]
     read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DECAY_LAST: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):
     n, head, block = split_program((V + BV - 1) // BV, H)
     start, length = sequence_bounds(n, cu_seqlens, T)
+    row = first_row(n, chunk_ends, T, BT)
     key, value = tl.arange(0, BK), block * BV + tl.arange(0, BV)
     in_key, in_value = key < K, value < V
     q += head // (H // HQ) * K + key
@@ -51,7 +57,16 @@ def fused_recurrent_kernel(
     if DECAY == "head":
         decay = tl.exp(tl.load(g + head).to(tl.float32))
     for i in range(length):
-        t = start + (length - 1 - i if REVERSE else i)
+        step = length - 1 - i if REVERSE else i
+        t = start + step
+        # Where the forward walk leaves a chunk, and the gradient's walk enters it.
+        edge = step % BT == 0 if REVERSE != DECAY_LAST else (step % BT == BT - 1) | (step == length - 1)
+        if products is not None:
+            if edge:
+                chunk = (row + step // BT) * H + head
+                at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
+                product = tl.sum(tl.sum(state * tl.load(kept + at_kept, mask=there, other=0.0), 1), 0)
+                tl.store(products + chunk * ((V + BV - 1) // BV) + block, product)
         if DECAY == "step":
             decay = tl.exp(tl.load(g + t * H + head).to(tl.float32))
         keys = tl.load(k + t * (HK * K), mask=in_key, other=0.0).to(tl.float32) * write_scale
@@ -63,6 +78,10 @@ def fused_recurrent_kernel(
             queries = tl.load(q + t * (HQ * K), mask=in_key, other=0.0).to(tl.float32) * read_scale
             out = tl.sum(state * queries[:, None], 0)
             tl.store(o + (t * H + head) * V + value, out.to(o.dtype.element_ty), mask=in_value)
+        if kept is not None and products is None:
+            if edge:
+                at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
+                tl.store(kept + at_kept, state, mask=there)
         if DECAY_LAST:
             state *= decay
     if final is not None:
@@ -83,21 +102,34 @@ def walk(
     read_scale: float = 1.0,
     write_scale: float = 1.0,
     decay_last: bool = False,
+    index: ChunkIndex | None = None,
+    kept: Tensor | None = None,
+    products: Tensor | None = None,
 ) -> None:
-    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are stored as [N, H, V, K]."""
+    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are stored as [N, H, V, K].
+
+    kept [rows, H, K, V] receives the state at the end of each of the index's chunks, or, with products [rows, H, value blocks], holds
+    what to multiply with there.
+    """
     batch, time, _, key_width = k.shape
     value_width = v.shape[3]
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     entry = launch.entry("fused_recurrent", q, key_width, value_width)
-    value_block = min(entry["BV"], triton.next_power_of_2(value_width))
+    value_block = _value_block(q, key_width, value_width)
     launch.run(
         fused_recurrent_kernel,
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], initial, o, final, cu_seqlens, read_scale, write_scale, time,
+        q, k, v, decay[0], initial, o, final, kept, products,
+        cu_seqlens, None if index is None else index.ends, read_scale, write_scale, time,
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
-        BK=launch.block(WIDEST, key_width), BV=value_block,
+        BT=64 if index is None else index.size, BK=launch.block(WIDEST, key_width), BV=value_block,
         DECAY=decay[1], DECAY_LAST=decay_last, REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
     )
+
+
+def _value_block(q: Tensor, key_width: int, value_width: int) -> int:
+    entry = launch.entry("fused_recurrent", q, key_width, value_width)
+    return min(entry["BV"], triton.next_power_of_2(value_width))
 
 
 def forward(
@@ -129,26 +161,32 @@ def backward(
         q, k, v, do, initial_state, dfinal_state, cu_seqlens
     )
     heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
-    dq = dk = final = dg = None
+    dq = dk = dg = None
+    keep: dict[str, Any] = {}
+    if need_gate:
+        # Inside a chunk rounding adds up, and a gate that all steps share sums it once more.
+        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 16 if need_gamma else 64)
+        kept = torch.empty(index.rows, heads, v.shape[3], q.shape[3], dtype=torch.float32, device=v.device)
+        parts = triton.cdiv(q.shape[3], _value_block(q, v.shape[3], q.shape[3]))
+        products = torch.empty(index.rows, heads, parts, dtype=torch.float32, device=v.device)
+        keep = {"index": index, "kept": kept}
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
     dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
     if need_q or need_gate:
         dq = per_value_head(q, heads, exact=need_gate)
-        if need_gate and dfinal_state is not None:
-            final = torch.empty(dfinal_state.shape, dtype=torch.float32, device=v.device)
-        walk(
-            do, v, k, decay, cu_seqlens, reverse,
-            initial=initial_state, o=dq, final=final, transposed=not state_v_first, read_scale=scale,
-        )
+        past = {"initial": initial_state, "transposed": not state_v_first, "read_scale": scale}
+        walk(do, v, k, decay, cu_seqlens, reverse, o=dq, **past, **keep)
     past = {"initial": dfinal_state, "write_scale": scale, "decay_last": True}
     if need_v or need_state:
         walk(k, q, do, decay, cu_seqlens, not reverse, o=dv, final=dstate, transposed=state_v_first, **past)
+    if need_gate:
+        keep["products"] = products
     if need_k or need_gate:
         dk = per_value_head(q, heads, exact=need_gate)
-        walk(v, do, q, decay, cu_seqlens, not reverse, o=dk, transposed=not state_v_first, **past)
+        walk(v, do, q, decay, cu_seqlens, not reverse, o=dk, transposed=not state_v_first, **past, **keep)
     if need_gate:
         dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, final, dfinal_state, cu_seqlens, reverse, dtype)
+        dg = gate_gradient(q, k, dq, dk, decay, index, products, cu_seqlens, reverse, dtype)
     return (
         group_sum(dq, q) if need_q else None,
         group_sum(dk, k) if need_k else None,

@@ -42,18 +42,27 @@ def attention_tile(
 
 
 @triton.jit
-def block_scores(
-    q, k,                                   # at this head: [time, HQ, K], [time, HK, K]
-    first, column, row_steps, column_steps,
-    HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+def block_product(
+    q, k, v, weights,                       # at this head: [time, HQ, K], [time, HK, K], [time, HV, V]; [BT, BT]
+    attn, dattn, matrix,                    # [*, T, T] x 2, the offset of this head's
+    row, column, row_steps, column_steps, origin, value, T,
+    HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    """q_i . k_j of a block of rows and a block of columns, [BT, BT]."""
+    """What a block of columns adds to a block of rows, [BT, BV]."""
     scores = tl.zeros([BT, BT], tl.float32)
     for key in range(0, K, BK):
-        queries = load_rows(q, first, row_steps, key, HQ, K, BT, BK)
+        queries = load_rows(q, row, row_steps, key, HQ, K, BT, BK)
         keys = load_rows(k, column, column_steps, key, HK, K, BT, BK)
-        scores += dot(queries, tl.trans(keys))
-    return scores
+        scores += dot(queries, tl.trans(keys), PRECISION)
+    at, inside = attention_tile(row - origin, column - origin, row_steps, column_steps, T, BT, REVERSE)
+    if dattn is not None:
+        scores += tl.load(dattn + matrix + at, mask=inside, other=0.0).to(tl.float32)
+    scores *= weights
+    if attn is not None:
+        tl.store(attn + matrix + at, scores.to(attn.dtype.element_ty), mask=inside & (value == 0))
+    values = load_rows(v, column, column_steps, value, HV, V, BT, BV)
+    return dot(scores.to(values.dtype), values, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -63,7 +72,7 @@ def parallel_kernel(
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
     scale, T, N,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):
     row, head, block = split_program((V + BV - 1) // BV, H)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
@@ -78,35 +87,31 @@ def parallel_kernel(
     origin = batch * T
     matrix = (batch * H + head.to(tl.int64)) * T * T
 
-    out = tl.zeros([BT, BV], tl.float32)
     if DECAY != "none":
         sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
-        enter, _, _ = exponents(sums, count, BT, REVERSE)
-        diagonal = within(sums, count, BT, REVERSE)
-        between = 0.0
+        enter, leave, total = exponents(sums, count, BT, REVERSE)
+        weights = within(sums, count, BT, REVERSE) * scale
     else:
-        diagonal = tl.where(causal(BT, REVERSE), 1.0, 0.0)
-    for away in range(0, tl.cdiv(length, BT) - i if REVERSE else i + 1):
+        weights = tl.where(causal(BT, REVERSE), scale, 0.0)
+    out = block_product(
+        q, k, v, weights, attn, dattn, matrix, first, first, steps, steps, origin, block * BV, T,
+        HQ, HK, HV, K, V, BT, BK, BV, PRECISION, REVERSE,
+    )
+    between = 0.0
+    for away in range(1, tl.cdiv(length, BT) - i if REVERSE else i + 1):
         j = i + away if REVERSE else i - away
         column, column_steps = start + j * BT, length - j * BT
-        scores = block_scores(q, k, first, column, steps, column_steps, HQ, HK, K, BT, BK)
-        at, inside = attention_tile(first - origin, column - origin, steps, column_steps, T, BT, REVERSE)
-        if dattn is not None:
-            scores += tl.load(dattn + matrix + at, mask=inside, other=0.0).to(tl.float32)
-        weights = diagonal
         if DECAY != "none":
-            if away > 0:
-                sums, count = running_sums(load_log_decay(g, column, column_steps, head, H, BT, DECAY))
-                _, leave, total = exponents(sums, count, BT, REVERSE)
-                weights = tl.exp2(enter[:, None] + (leave + between)[None, :])
-                between += total
-        elif away > 0:
-            weights = tl.full([BT, BT], 1.0, tl.float32)
-        scores *= weights * scale
-        if attn is not None:
-            tl.store(attn + matrix + at, scores.to(attn.dtype.element_ty), mask=inside & (block == 0))
-        values = load_rows(v, column, column_steps, block * BV, HV, V, BT, BV)
-        out += dot(scores.to(values.dtype), values)
+            sums, count = running_sums(load_log_decay(g, column, column_steps, head, H, BT, DECAY))
+            ignored, leave, total = exponents(sums, count, BT, REVERSE)
+            weights = tl.exp2(enter[:, None] + (leave + between)[None, :]) * scale
+            between += total
+        else:
+            weights = tl.full([BT, BT], 1.0, tl.float32) * scale
+        out += block_product(
+            q, k, v, weights, attn, dattn, matrix, first, column, steps, column_steps, origin, block * BV, T,
+            HQ, HK, HV, K, V, BT, BK, BV, PRECISION, REVERSE,
+        )
     store_rows(o + head * V, out, first, steps, block * BV, H, V, BT, BV)
 
 
@@ -134,7 +139,7 @@ def product(
         scale, q.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
         BT=index.size, BK=launch.block(entry["BK"], key_width), BV=value_block,
-        DECAY=decay[1], REVERSE=reverse, **launch.options(entry),
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, **launch.options(entry),
     )
 
 
@@ -177,7 +182,7 @@ def backward(q, k, v, g, g_gamma, cu_seqlens, do, dattn, scale, output_mask):
         product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
     if need_gate:
         dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, None, None, cu_seqlens, False, dtype)
+        dg = gate_gradient(q, k, dq, dk, decay, index, None, cu_seqlens, False, dtype)
     return (
         group_sum(dq, q) if need_q else None,
         group_sum(dk, k) if need_k else None,
