@@ -119,9 +119,9 @@ def register(
     LIBRARY.impl(name, _on_its_device(_kernel(op, cuda)), "CUDA")
     torch.library.register_fake(qualified, _complete(op, lambda: fake), lib=LIBRARY)
     LIBRARY.impl(name, _gradient.kernel(op, setup_context, backward), "Autograd", with_keyset=True)
-    if cast:
-        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            LIBRARY.impl(name, _autocast.kernel(op, device, frozenset(arguments.index(c) for c in cast)), key)
+    # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        LIBRARY.impl(name, _autocast.kernel(op, device, frozenset(arguments.index(c) for c in cast)), key)
     if flops is not None:
         _flops.register(op._overloadpacket, flops)
     if inline and not INTERPRETED:

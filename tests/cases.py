@@ -4,7 +4,8 @@ A case is one call of one registered operator: inputs to build, the reference th
 each axis of a tensor means. The contract tests run over all cases, so a family only adds its own:
 
 1. Write `tests/cases_<family>.py`: how to build inputs, a reference for each operator, `register(Case(...), ...)`.
-2. Add `"<family>"` to FAMILIES below.
+2. Write `tests/refusals_<family>.py`: `REFUSALS`, a list of `Refusal(...)`, the calls that must fail and how.
+3. Add `"<family>"` to FAMILIES below.
 
 Using them:
 
@@ -37,7 +38,7 @@ from torch.utils import _pytree as pytree
 
 import fla_ops
 
-FAMILIES = ("simple_gla",)
+FAMILIES = ("attn", "gsa", "simple_gla", "linear_attn", "lightning_attn")
 
 COMBINATION = "combination"  # tiny; one for each legal combination of optional inputs
 INDUCTOR = "inductor"  # also compiled with Inductor, which takes seconds: a few for each operator
@@ -92,6 +93,7 @@ class Case:
     differentiable  arguments that have a gradient
     tags            COMBINATION, INDUCTOR, EXPORT, SMALL
     dtypes          activation dtypes in which the case runs
+    public          the public function's arguments from the operator's, where they differ (a pair for two states)
     """
 
     id: str
@@ -104,6 +106,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    public: Callable[[Inputs], Inputs] = dict
     given: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +175,38 @@ def _all() -> tuple[Case, ...]:
 def cases(operator: str | None = None, tag: str | None = None) -> list[Case]:
     """Every case, or those of an operator, or those with a tag."""
     return [c for c in _all() if operator in (None, c.operator) and (tag is None or tag in c.tags)]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A call that must be refused: a case's call with some arguments changed.
+
+    id       what is wrong
+    case     the call before the change
+    change   by argument: a new value, or what makes it from the old one
+    error    the exception
+    message  regular expression that its message matches: what was wanted and what came
+    """
+
+    id: str
+    case: Case
+    change: Mapping[str, Any]
+    error: type[Exception]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.case.operator}-{self.id}"
+
+    def inputs(self) -> Inputs:
+        """The arguments of the refused call."""
+        inputs = self.case.inputs()
+        changed = {name: new(inputs[name]) if callable(new) else new for name, new in self.change.items()}
+        return inputs | changed
+
+
+def refusals() -> list[Refusal]:
+    """Every call that must be refused: `REFUSALS` of each `tests/refusals_<family>.py`."""
+    return [r for family in FAMILIES for r in importlib.import_module(f"tests.refusals_{family}").REFUSALS]
 
 
 def widened(inputs: Inputs) -> Inputs:

@@ -132,6 +132,15 @@ def resets(g: Tensor) -> Tensor:
     return g
 
 
+def tiny(g: Tensor) -> Tensor:
+    """Decays down to e-40 in every other head, whose products are denormal; each is above or below what counts as zero.
+
+    Only in every other: the gradient of such a gate is far below the rounding of the terms whose difference it is.
+    """
+    g[..., ::2] = 35 * g[..., ::2] - 5
+    return g
+
+
 def strong_heads(g_gamma: Tensor) -> Tensor:
     """Heads that forget at every step, beside ordinary ones."""
     g_gamma[1], g_gamma[2], g_gamma[4] = float("-inf"), -1e4, -45.0
@@ -153,7 +162,7 @@ def register_scenarios(operator: str) -> None:
         add("constant-decay", ("g_gamma", "initial_state"), SIZES, (SMALL,), **full),
         add("constant-decay-strong", ("g_gamma", "initial_state"), SIZES, **full, g_gamma=strong_heads),
         add("strong-decay", all_of_it, SIZES, (SMALL,), **full, g=resets),
-        add("tiny-decays", all_of_it, SIZES, **full, g=lambda g: 35 * g - 5),
+        add("tiny-decays", all_of_it, SIZES, **full, g=tiny),
         add("growth", all_of_it, SIZES, **full, g=lambda g: 0.7 * g + 0.3),
         add(
             "packed-with-empty-and-one-step",
@@ -285,14 +294,12 @@ def step_case(
 def register_steps() -> None:
     """The decode step: pools, slots, padding."""
     register(
-        step_case("pool-with-padding", ("g", "slots"), STEP_SIZES, (INDUCTOR, SMALL), scale=0.3),
+        step_case("pool-with-padding", ("g", "slots"), STEP_SIZES, (INDUCTOR, EXPORT, SMALL), scale=0.3),
         step_case("constant-decay", ("g_gamma",), STEP_SIZES, (SMALL,)),
         step_case("bfloat16-pool", ("g", "slots"), STEP_SIZES, pool=torch.bfloat16),
         step_case("float16-pool", ("g", "slots"), STEP_SIZES, (SMALL,), pool=torch.float16),
         step_case("forgets", ("g",), STEP_SIZES, g=lambda g: g.fill_(float("-inf"))),
-        step_case(
-            "not-contiguous", ("g",), STEP_SIZES, (EXPORT,), **dict.fromkeys(("q", "k", "v", "g", "state"), strided)
-        ),
+        step_case("not-contiguous", ("g",), STEP_SIZES, **dict.fromkeys(("q", "k", "v", "g", "state"), strided)),
         step_case("widths-past-a-tile", ("g",), {"N": 2, "P": 2, "HK": 1, "H": 2, "K": 20, "V": 33}, (SMALL,)),
         step_case("int32-slots", ("slots",), STEP_SIZES, slots=Tensor.int),
     )

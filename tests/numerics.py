@@ -2,7 +2,7 @@
 
     error(result) <= 2 * error(reference in that dtype) + FLOOR[dtype],    both against the reference in float64
 
-The error is the norm of the difference over the norm of the truth, for each output on its own. No flag or variable relaxes it.
+The error is the norm of the difference over the norm of the truth, for each output on its own. Nothing relaxes it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 FLOOR = {
-    # A decay that forgets enters a running sum as a log of about a thousand, and float64 holds differences of such to 1e-13.
+    # A decay that forgets may enter a running sum as -1000, and float64 holds differences of such sums to 1e-13.
     torch.float64: 1e-12,
-    # 256 roundings. The gradient of a gate is a running sum of differences q . dq - k . dk that nearly cancel; autograd through
-    # the recurrence never forms them. A product in tf32 (3e-4) is far outside.
+    # 256 roundings. The gradient of a gate is a running sum of differences q . dq - k . dk that nearly cancel, which
+    # autograd through the recurrence never forms. A product in tf32 (3e-4) is far outside.
     torch.float32: 2.0**-16,
-    # One rounding of an operand: tensor cores take decayed scores and states in the activations' dtype, the references in float32.
+    # One rounding of an operand: tensor cores take decayed scores and states in the activations' dtype.
     torch.bfloat16: 2.0**-9,
     torch.float16: 2.0**-12,
 }
@@ -38,7 +38,7 @@ def check(
     truths: Mapping[str, Tensor | None],
     dtype: torch.dtype,
 ) -> None:
-    """Fail, with the figures of every output, unless each is as exact as the rule wants. `dtype` is the activations'."""
+    """Fail, with the figures of what is wrong, unless every output obeys the rule. `dtype` is the activations'."""
     assert results.keys() == references.keys() == truths.keys()
     wrong = []
     for name, result in results.items():

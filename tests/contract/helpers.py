@@ -16,19 +16,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import product
+from operator import getitem
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fla_ops
 from fla_ops import Operator
-from tests.cases import Case, Draw, Inputs, cases, tensors
+from tests.cases import Case, Draw, Inputs, cases
 
+VARYING = ("B", "T", "N", "N1", "P")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = {
@@ -40,29 +45,47 @@ Named = dict[str, Tensor | None]
 
 
 def operators(*kinds: str) -> list[Operator]:
-    """Operators that people call, of some kinds or all; a backward operator is reached through its forward."""
-    return [
-        op for op in fla_ops.ops().values() if not op.name.endswith("_backward") and (not kinds or op.kind in kinds)
-    ]
+    """Operators that people call with tensors, of some kinds or all; the others are parts of these."""
+    public = [op for op in fla_ops.ops().values() if is_public(op.name) and "Tensor " in op.schema]
+    return [op for op in public if not kinds or op.kind in kinds]
+
+
+def is_public(name: str) -> bool:
+    """Whether an operator is a function of the package, rather than a part of another operator, as a backward is."""
+    return hasattr(fla_ops, name)
+
+
+def is_composite(case: Case) -> bool:
+    """Whether the case's operator only calls others."""
+    return fla_ops.ops()[case.operator].kind == "composite"
+
+
+def is_backward(name: str) -> bool:
+    """Whether an operator only computes the gradient of another."""
+    return name.endswith("_backward")
 
 
 def params(selected: Iterable[Case], *, dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
     """(case, device), or (case, device, dtype), as test parameters with ids that say what they are."""
-    found = []
-    for case in selected:
-        for device in DEVICES:
-            if dtypes is None:
-                found.append(pytest.param(case, device, id=f"{case}-{device}"))
-                continue
-            for dtype in dtypes:
-                if dtype in DTYPES[device] and dtype in case.dtypes:
-                    found.append(pytest.param(case, device, dtype, id=f"{case}-{device}-{str(dtype)[6:]}"))
-    return found
+    pairs = list(product(selected, DEVICES))
+    if dtypes is None:
+        return [pytest.param(case, device, id=f"{case}-{device}") for case, device in pairs]
+    return [
+        pytest.param(case, device, dtype, id=f"{case}-{device}-{str(dtype).removeprefix('torch.')}")
+        for (case, device), dtype in product(pairs, dtypes)
+        if dtype in DTYPES[device] and dtype in case.dtypes
+    ]
 
 
 def differentiable(tag: str | None = None) -> list[Case]:
     """Cases of operators that have a gradient, those that only compose others included."""
     return [case for case in cases(tag=tag) if case.trained]
+
+
+def with_parts(tag: str, suffix: str = "") -> list[Case]:
+    """Cases of operators that have parts of their own (see `parts`), such as a backward operator."""
+    owners = {whole(name) for name in fla_ops.ops() if not is_public(name) and name.endswith(suffix)}
+    return [case for case in cases(tag=tag) if case.operator in owners]
 
 
 def requiring(inputs: Inputs, names: Iterable[str]) -> Inputs:
@@ -90,16 +113,13 @@ def cotangents(outputs: Mapping[str, Tensor | None], seed: int = 0) -> Named:
     }
 
 
-def gradients(case: Case, outputs: Named, inputs: Inputs, arriving: Named, names: Iterable[str]) -> Named:
+def gradients(outputs: Named, inputs: Inputs, arriving: Named, names: Iterable[str]) -> Named:
     """The gradient of each named input; zeros where it does not reach the outputs."""
     wanted = dict(labelled([f"d{name}" for name in names], [inputs[name] for name in names]))
     live = {name: y for name, y in outputs.items() if y is not None and y.requires_grad}
     upstream = [arriving[name].to(y.dtype) for name, y in live.items()]
     found = torch.autograd.grad(list(live.values()), list(wanted.values()), upstream, allow_unused=True)
-    return {
-        name: torch.zeros_like(x) if g is None else g
-        for (name, x), g in zip(wanted.items(), found, strict=True)
-    }
+    return {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(wanted.items(), found, strict=True)}
 
 
 def evaluate(
@@ -109,13 +129,13 @@ def evaluate(
     arriving: Named | None = None,
     wanted: Iterable[str] | None = None,
 ) -> Named:
-    """Outputs and gradients by name: {"o": ..., "final_state": None, "dq": ...}. `function` is the operator unless given."""
+    """Outputs and gradients by name: {"o": ..., "final_state": None, "dq": ...}, of the operator or of `function`."""
     names = case.trained if wanted is None else tuple(wanted)
     inputs = requiring(inputs, names)
     outputs = dict(labelled(case.outputs, (function or case.call)(inputs)))
     if not names:
         return outputs
-    return outputs | gradients(case, outputs, inputs, arriving or cotangents(outputs), names)
+    return outputs | gradients(outputs, inputs, arriving or cotangents(outputs), names)
 
 
 def detached(values: Named) -> Named:
@@ -145,29 +165,88 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     outputs: Any
 
+    @property
+    def name(self) -> str:
+        """The operator's name under torch.ops.fla."""
+        return self.overload._opname
+
 
 class Recorder(TorchDispatchMode):
     """Records every call of an operator of ours, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[Call] = []  # their arguments detached
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and note it."""
         outputs = function(*args, **(kwargs or {}))
         if function.namespace == "fla":
-            self.calls.append(Call(function, args, kwargs or {}, outputs))
+            self.calls.append(
+                Call(function, *pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, outputs)))
+            )
         return outputs
 
 
-def backward_calls(case: Case, inputs: Inputs, wanted: Iterable[str] | None = None) -> list[Call]:
-    """The backward operators that a case's gradient calls, with their arguments."""
+def parts(case: Case, inputs: Inputs, wanted: Iterable[str] | None = None) -> list[Call]:
+    """The calls that a case and its gradient make of operators which people do not call, such as its backward.
+
+    Where one operator calls another that has cases of its own, the parts of that other are left to them.
+    """
     with Recorder() as recorder:
         evaluate(case, inputs, wanted=wanted)
-    return [call for call in recorder.calls if call.overload._opname.endswith("_backward")]
+    return [call for call in recorder.calls if not is_public(call.name) and whole(call.name) in (None, case.operator)]
 
 
-def floats(value: Any) -> list[Tensor]:
-    """The floating tensors in a value."""
-    return [x for x in tensors(value) if x.is_floating_point()]
+def whole(name: str) -> str | None:
+    """The public operator that one is a part of, by its name."""
+    name = name.removesuffix("_backward").removesuffix("_forward")
+    return name if is_public(name) else None
+
+
+class Layer(torch.nn.Module):
+    """A module that calls one operator; what is not a tensor is part of it."""
+
+    def __init__(self, case: Case, constants: Inputs) -> None:
+        super().__init__()
+        self.overload, self.constants = case.overload, constants
+
+    def forward(self, x: dict[str, Tensor]) -> Any:
+        """Call the operator."""
+        return self.overload(**x, **self.constants)
+
+
+def tensors_of(inputs: Inputs) -> dict[str, Tensor]:
+    """The inputs that a program takes."""
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+
+
+def export(case: Case) -> ExportedProgram:
+    """The case's call with its batch, time, sequences and pool rows dynamic."""
+    inputs = case.inputs()
+    given = tensors_of(inputs)
+    dynamic = {name: {i: Dim.AUTO for letter in VARYING for i in case.axis(name, letter)} for name in given}
+    constants = {name: x for name, x in inputs.items() if name not in given}
+    return torch.export.export(Layer(case, constants), (given,), dynamic_shapes=(dynamic,))
+
+
+def listing(program: ExportedProgram) -> str:
+    """The graph of a program, a line for each node."""
+    lines = []
+    for node in program.graph.nodes:
+        arguments = ", ".join(map(str, node.args))
+        target = "getitem" if node.target is getitem else str(node.target)
+        call = f" = {target.removesuffix('.default')}({arguments})"
+        lines.append(node.name + call * (node.op != "placeholder"))
+    return "\n".join(lines)
+
+
+def ours(graphs: list[GraphModule]) -> list[str]:
+    """Names of our operators in recorded graphs, in order; those updated in place are arguments of a wrapper."""
+    found = []
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            if node.op == "call_function":
+                targets = [x for x in (node.target, *node.args) if isinstance(x, OpOverload)]
+                found += [t._opname for t in targets if t.namespace == "fla"]
+    return found

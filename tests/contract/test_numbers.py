@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -14,18 +13,19 @@ from tests.contract.helpers import (
     DEVICES,
     DTYPES,
     Named,
-    backward_calls,
     cotangents,
     detached,
     differentiable,
     evaluate,
+    is_backward,
     labelled,
     operators,
     params,
+    parts,
     requiring,
+    with_parts,
 )
 
-HALVES = (torch.bfloat16, torch.float16)
 SCENARIOS = [case for case in cases() if COMBINATION not in case.tags]
 
 
@@ -57,11 +57,8 @@ def test_combination_of_optional_inputs(case: Case, device: str, dtype: torch.dt
 @pytest.mark.parametrize("case", cases(tag=EXPORT), ids=str)
 def test_every_length_up_to_two_chunks_and_a_step(case: Case, device: str) -> None:
     letter = "T" if "T" in case.sizes else "N"
-    for size in range(34) if letter == "T" else range(case.sizes.get("P", 9)):
-        try:
-            check_numbers(case.resized(**{letter: size}), device, torch.float32)
-        except AssertionError as failure:
-            pytest.fail(f"{letter} = {size}: {failure}")
+    for size in range(34) if letter == "T" else range(8):
+        check_numbers(case.resized(**{letter: size}), device, torch.float32)
 
 
 @pytest.mark.parametrize("case", differentiable(COMBINATION), ids=str)
@@ -76,12 +73,12 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(function, trained, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", differentiable(EXPORT), ids=str)
+@pytest.mark.parametrize("case", with_parts(EXPORT, "_backward"), ids=str)
 def test_a_gradient_that_is_not_asked_for_costs_nothing(case: Case) -> None:
     inputs = case.inputs()
     every = evaluate(case, inputs)
     for name in case.trained:
-        (call,) = backward_calls(case, inputs, wanted=[name])
+        (call,) = [c for c in parts(case, inputs, wanted=[name]) if is_backward(c.name)]
         computed = [y for y in call.outputs if y is not None]
         assert len(computed) == 1, f"for {name} alone, {len(computed)} gradients were computed"
         alone = evaluate(case, inputs, wanted=[name])
@@ -139,7 +136,7 @@ def test_dtypes(operator: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
         results = evaluate(case, inputs)
         assert results[case.outputs[0]].dtype is dtype
         for name, y in results.items():
-            if name.endswith("state") and not name.startswith("d"):
+            if y is not None and "state" in name and not name.startswith("d"):
                 assert y.dtype is wide, name
         for name in case.trained:
             assert results[f"d{name}"].dtype is inputs[name].dtype, name

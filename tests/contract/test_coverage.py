@@ -1,0 +1,92 @@
+"""What an operator still lacks, by name: cases, tags, refusals. The other contract tests run over those."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fla_ops
+from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, cases, refusals
+from tests.contract.helpers import differentiable, is_public, operators, parts, whole
+
+OPERATORS = pytest.mark.parametrize("operator", operators(), ids=lambda op: op.name)
+
+
+def optional(operator: fla_ops.Operator) -> list[Any]:
+    """Arguments that a call may leave out."""
+    return [a for a in operator.overload._schema.arguments if a.has_default_value() or "Optional" in str(a.type)]
+
+
+@OPERATORS
+def test_operator_has_cases_of_every_kind(operator: fla_ops.Operator) -> None:
+    found = cases(operator.name)
+    missing = [tag for tag in (COMBINATION, INDUCTOR, EXPORT, SMALL) if not any(tag in c.tags for c in found)]
+    assert not missing, f"{operator.name} has no case with the tags {missing}: see tests/cases.py"
+    assert len(cases(operator.name, EXPORT)) == 1, f"{operator.name} should have one case with the tag {EXPORT}"
+
+
+@OPERATORS
+def test_every_optional_input_is_given_in_some_case_and_absent_in_another(operator: fla_ops.Operator) -> None:
+    found = [(case, case.inputs()) for case in cases(operator.name)]
+    lacking = []
+    for argument in optional(operator):
+        values = [inputs.get(argument.name, argument.default_value) for _, inputs in found]
+        is_default = [type(x) is type(argument.default_value) and x == argument.default_value for x in values]
+        if not any(is_default):
+            lacking.append(f"{argument.name} is always given")
+        if all(is_default):
+            lacking.append(f"{argument.name} is never given")
+    assert not lacking, f"{operator.name}: {', '.join(lacking)}"
+
+
+@OPERATORS
+def test_every_tensor_argument_has_refusals(operator: fla_ops.Operator) -> None:
+    """Of a wrong shape, a wrong dtype and a wrong device: each needs a row in the family's table."""
+    rows = [r for r in refusals() if r.case.operator == operator.name]
+    lacking = []
+    for argument in operator.overload._schema.arguments:
+        if "Tensor" not in str(argument.type):
+            continue
+        about = [r for r in rows if argument.name in r.change]
+        changes = [(r, r.case.inputs().get(argument.name), r.inputs()[argument.name]) for r in about]
+        pairs = [(old, new) for _, old, new in changes if isinstance(old, torch.Tensor) and new is not None]
+        kinds = [k for k in ("shape", "dtype", "device") if not any(getattr(x, k) != getattr(y, k) for x, y in pairs)]
+        lacking += [f"{argument.name} of a wrong {kind}" for kind in kinds]
+    assert not lacking, f"{operator.name} has no refusal of {', '.join(lacking)}: see tests/refusals_<family>.py"
+
+
+def test_every_differentiable_operator_has_a_case_with_a_gradient() -> None:
+    tested = {case.operator for case in differentiable(COMBINATION)}
+    missing = [op.name for op in operators("differentiable") if op.name not in tested]
+    assert not missing, f"no case of {missing} names differentiable inputs"
+
+
+def test_every_operator_that_people_do_not_call_is_a_part_of_one_that_they_do() -> None:
+    orphans = {name for name in fla_ops.ops() if not is_public(name) and whole(name) is None}
+    if orphans:  # then some case must reach it
+        calls = (parts(case, case.inputs()) for case in cases(tag=COMBINATION))
+        orphans -= {call.name for found in calls for call in found}
+    assert not orphans, f"{orphans} are reached through no case, and have no public function in fla_ops"
+
+
+def test_cases_name_operators_that_exist() -> None:
+    known = {op.name for op in operators()}
+    assert {case.operator for case in cases()} == known
+
+
+@pytest.mark.parametrize("operator", operators(), ids=lambda op: op.name)
+def test_cases_describe_what_they_hold(operator: fla_ops.Operator) -> None:
+    """Axis letters agree with the sizes: what a wrong description would hide from the tests that cut along an axis."""
+    for case in cases(operator.name):
+        inputs, sizes = case.inputs(), dict(case.sizes)
+        if "offsets" in sizes and "cu_seqlens" in case.given:
+            sizes |= {"B": 1, "T": sizes["offsets"][-1], "N": len(sizes["offsets"]) - 1, "N1": len(sizes["offsets"])}
+        elif "B" in sizes:
+            sizes["N"] = sizes["B"]
+        named = inputs | dict(zip(case.outputs, case.call(inputs), strict=True))
+        for name, x in named.items():
+            if isinstance(x, torch.Tensor):
+                letters = case.axes[name].split()
+                assert tuple(sizes[letter] for letter in letters) == tuple(x.shape), f"{name} of {case}"
