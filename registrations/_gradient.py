@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import _C
+from torch._functorch import autograd_function
 from torch._ops import OpOverload
 
 
@@ -37,18 +38,33 @@ def _refuse_forward_mode(op: OpOverload) -> None:
 def _refusing(op: OpOverload) -> Callable[..., Any]:
     name = op._schema.name
     if name.endswith("_backward"):
-        forward = name.removesuffix("_backward")
-        reason = f"{name} has no gradient of its own: double backward through {forward} is not supported"
-    else:
-        reason = f"{name} is for inference and has no gradient: call it under torch.no_grad() or detach its inputs"
+        return _refusing_later(op)
 
     def run(keyset: Any, *args: Any) -> Any:
         _refuse_forward_mode(op)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
-            raise NotImplementedError(reason)
+            raise NotImplementedError(
+                f"{name} is for inference and has no gradient: call it under torch.no_grad() or detach its inputs"
+            )
         return _below_autograd(op, keyset, args)
 
     return run
+
+
+def _refusing_later(op: OpOverload) -> Callable[..., Any]:
+    """For a backward operator: `torch.func.grad` records it always, so only differentiating its outputs is an error."""
+    name = op._schema.name
+    reason = (
+        f"{name} has no gradient of its own: double backward through {name.removesuffix('_backward')} is not supported"
+    )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(reason)
+
+    return _differentiable(op, setup_context, backward)
 
 
 def _differentiable(
@@ -58,8 +74,6 @@ def _differentiable(
     label = "Backward_" + op._schema.name.replace("::", "_")
 
     class Direct(torch.autograd.Function):
-        """Half the cost of the form below, which functorch's transforms require."""
-
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
             output = _below_autograd(op, keyset, args)
@@ -75,27 +89,23 @@ def _differentiable(
             finally:
                 ctx.needs_input_grad = needs
 
-    def again(*args: Any) -> Any:
-        return op(*args)  # grad mode is off inside Function.forward, so this goes below autograd
+    class Transformed(Direct):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            with torch.enable_grad():  # for the levels below this one
+                return Direct.forward(ctx, keyset, *args)
 
-    Direct.__name__ = label
-    Transformable: Any = type(
-        label,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(again),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
-        },
-    )
+    Direct.__name__ = Transformed.__name__ = label
 
     def run(keyset: Any, *args: Any) -> Any:
         _refuse_forward_mode(op)
         if torch.is_grad_enabled() and _C._any_requires_grad(*args):
             args = (*args, *defaults[len(args) :])  # the dispatcher drops trailing defaults
-            if _C._are_functorch_transforms_active():
-                return Transformable.apply(*args)
-            return Direct.apply(keyset, *args)  # type: ignore[no-untyped-call]
+            if not _C._are_functorch_transforms_active():
+                return Direct.apply(keyset, *args)  # type: ignore[no-untyped-call]
+            # A transform has dispatched its own level to this kernel: the next one takes over below autograd.
+            with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+                return super(torch.autograd.Function, Transformed).apply(keyset, *args)  # type: ignore[no-untyped-call]
         return _below_autograd(op, keyset, args)
 
     return run

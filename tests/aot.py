@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +68,12 @@ def launches(target: str) -> Iterator[list[Launch]]:
         if programs > 0:
             recorded.append(Launch(kernel, args, constants))
 
-    with mock.patch.object(launch, "run", record), mock.patch.object(launch, "device_class", lambda _: target):
+    with mock.patch.object(launch, "run", record), mock.patch.object(launch, "device_class", return_value=target):
         yield recorded
 
 
 def compile_for(target: str, call: Launch) -> Any:
-    """The compiled kernel, specialised as Triton's launch would: aligned pointers, absent tensors, integers that divide by 16."""
+    """The compiled kernel, specialised as a launch would: aligned pointers, absent tensors, multiples of 16."""
     kernel, given = call.kernel, dict(zip(call.kernel.arg_names, call.args, strict=False)) | call.constants
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -128,6 +128,3 @@ def private_cache() -> Iterator[None]:
     """Compile afresh: a cached result would hide what the installed compiler does."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
         yield
-
-
-Call = Callable[[torch.dtype, int, int], None]

@@ -11,7 +11,11 @@ from torch import Tensor
 from tests.cases import Case, Refusal, cases
 from tests.cases_simple_gla import FORMS
 
-OFFSETS_AT = "packed-int32-offsets"
+Rows = list[tuple[str, Case, dict[str, Any], type[Exception], str]]
+
+GATED = "several-chunks-ragged-tail"
+FLOATING = "must be float64, float32, bfloat16 or float16, got int32"
+INTEGRAL = "must be int32 or int64, got float32"
 
 
 def by_id(operator: str) -> dict[str, Case]:
@@ -29,14 +33,10 @@ def offsets(*values: int) -> Callable[[Tensor], Tensor]:
     return lambda old: torch.tensor(values, dtype=old.dtype)
 
 
-def of_form(form: str) -> list[Refusal]:
-    """What every form refuses; rows about arguments that a form does not take are left out."""
-    found = by_id(form)
-    gated, constant, packed = found["several-chunks-ragged-tail"], found["constant-decay"], found[OFFSETS_AT]
+def of_activations(gated: Case) -> Rows:
+    """q, k and v of wrong shapes, dtypes and devices."""
     value, kind = ValueError, TypeError
-    floating = r"must be float64, float32, bfloat16 or float16, got int32"
-    integral = r"must be int32 or int64, got float32"
-    rows: list[tuple[str, Case, dict[str, Any], type[Exception], str]] = [
+    return [
         ("q-without-batch", gated, {"q": lambda x: x[0]}, value, r"q must be \[B, T, HK, K\], got \(37, 3, 10\)"),
         ("q-of-no-width", gated, {"q": lambda x: x[..., :0]}, value, r"q must have K >= 1, got K = 0"),
         ("v-of-no-width", gated, {"v": lambda x: x[..., :0]}, value, r"v must have V >= 1, got V = 0"),
@@ -65,6 +65,26 @@ def of_form(form: str) -> list[Refusal]:
             value,
             r"v must have a multiple of the 3 heads of q and k, got 5 heads",
         ),
+        ("q-of-another-dtype", gated, {"q": Tensor.double}, kind, r"q, k, v must share one of .*got float64, float32"),
+        ("k-of-another-dtype", gated, {"k": Tensor.half}, kind, r"q, k, v must share one of .*got float32, float16"),
+        ("v-of-another-dtype", gated, {"v": Tensor.bfloat16}, kind, r"q, k, v must share .*float32, float32, bfloat16"),
+        (
+            "integer-activations",
+            gated,
+            dict.fromkeys(("q", "k", "v"), Tensor.int),
+            kind,
+            r"q, k, v must share one of float64, float32, bfloat16, float16, got int32, int32, int32",
+        ),
+        ("q-elsewhere", gated, {"q": to_meta}, value, r"must be on meta like q, got cpu"),
+        ("k-elsewhere", gated, {"k": to_meta}, value, r"k must be on cpu like q, got meta"),
+        ("v-elsewhere", gated, {"v": to_meta}, value, r"v must be on cpu like q, got meta"),
+    ]
+
+
+def of_decays(gated: Case, constant: Case) -> Rows:
+    """g and g_gamma, and both."""
+    value, kind, floating = ValueError, TypeError, FLOATING
+    return [
         ("g-per-key-head", gated, {"g": lambda x: x[..., :3]}, value, r"g must be \[B, T, H\] = \(2, 37, 6\), got"),
         ("g-heads-first", gated, {"g": lambda x: x.mT}, value, r"g must be \[B, T, H\] = .*, got \(2, 6, 37\)"),
         ("g-per-channel", gated, {"g": lambda x: x[..., None]}, value, r"g must be .*, got \(2, 37, 6, 1\)"),
@@ -82,23 +102,17 @@ def of_form(form: str) -> list[Refusal]:
             value,
             r"give at most one of g and g_gamma, got g and g_gamma",
         ),
-        ("q-of-another-dtype", gated, {"q": Tensor.double}, kind, r"q, k, v must share one of .*got float64, float32"),
-        ("k-of-another-dtype", gated, {"k": Tensor.half}, kind, r"q, k, v must share one of .*got float32, float16"),
-        ("v-of-another-dtype", gated, {"v": Tensor.bfloat16}, kind, r"q, k, v must share .*float32, float32, bfloat16"),
-        (
-            "integer-activations",
-            gated,
-            dict.fromkeys(("q", "k", "v"), Tensor.int),
-            kind,
-            r"q, k, v must share one of float64, float32, bfloat16, float16, got int32, int32, int32",
-        ),
         ("integer-g", gated, {"g": Tensor.int}, kind, f"g {floating}"),
         ("integer-g_gamma", constant, {"g_gamma": Tensor.int}, kind, f"g_gamma {floating}"),
-        ("q-elsewhere", gated, {"q": to_meta}, value, r"must be on meta like q, got cpu"),
-        ("k-elsewhere", gated, {"k": to_meta}, value, r"k must be on cpu like q, got meta"),
-        ("v-elsewhere", gated, {"v": to_meta}, value, r"v must be on cpu like q, got meta"),
         ("g-elsewhere", gated, {"g": to_meta}, value, r"g must be on cpu like q, got meta"),
         ("g_gamma-elsewhere", constant, {"g_gamma": to_meta}, value, r"g_gamma must be on cpu like q, got meta"),
+    ]
+
+
+def of_packing(gated: Case, packed: Case) -> Rows:
+    """cu_seqlens and cu_seqlens_cpu: what is known without reading them, and their values."""
+    value, kind, integral = ValueError, TypeError, INTEGRAL
+    return [
         ("offsets-elsewhere", packed, {"cu_seqlens": to_meta}, value, r"cu_seqlens must be on cpu like q, got meta"),
         ("host-offsets-elsewhere", packed, {"cu_seqlens_cpu": to_meta}, value, r"cu_seqlens_cpu must be on cpu"),
         ("float-offsets", packed, {"cu_seqlens": Tensor.float}, kind, f"cu_seqlens {integral}"),
@@ -148,6 +162,13 @@ def of_form(form: str) -> list[Refusal]:
             value,
             r"cu_seqlens must never fall, got 9 then 8 at position 1",
         ),
+    ]
+
+
+def of_state(gated: Case, packed: Case) -> Rows:
+    """initial_state, and the order of its widths."""
+    value, kind, floating = ValueError, TypeError, FLOATING
+    return [
         (
             "state-of-another-batch",
             gated,
@@ -157,13 +178,11 @@ def of_form(form: str) -> list[Refusal]:
         ),
         (
             "state-of-another-count-in-a-pack",
-            found["packed-with-empty-and-one-step"],
+            packed,
             {"initial_state": lambda x: x[:1]},
             value,
             r"initial_state must be \[N, H, K, V\] = \(5, 6, 10, 7\), got \(1, 6, 10, 7\)",
-        )
-        if form != "parallel_simple_gla"
-        else ("", gated, {"initial_state": None}, value, ""),
+        ),
         (
             "state-key-first-said-to-be-value-first",
             gated,
@@ -180,25 +199,39 @@ def of_form(form: str) -> list[Refusal]:
         ),
         ("integer-state", gated, {"initial_state": Tensor.int}, kind, f"initial_state {floating}"),
         ("state-elsewhere", gated, {"initial_state": to_meta}, value, r"initial_state must be on cpu like q, got meta"),
+    ]
+
+
+def of_chunk_size(gated: Case) -> Rows:
+    """What is no power of two, or too small or too large."""
+    value = ValueError
+    return [
         *[
             (f"chunk-of-{n}", gated, {"chunk_size": n}, value, rf"chunk_size must be .* from 16 to 256, got {n}")
             for n in (0, 8, 48, 512)
         ],
     ]
+
+
+def of_form(form: str) -> list[Refusal]:
+    """What a form refuses, of the arguments that it takes."""
+    found = by_id(form)
+    gated, constant, packed = (found[i] for i in (GATED, "constant-decay", "packed-int32-offsets"))
     taken = {argument.name for argument in gated.overload._schema.arguments}
-    refusals = [Refusal(*row) for row in rows if set(row[2]) <= taken]
-    if form == "parallel_simple_gla":  # takes no state
-        refusals = [
-            Refusal(r.id, r.case, {n: x for n, x in r.change.items() if n in taken}, r.error, r.message)
-            for r in (Refusal(*row) for row in rows)
-            if r.id and any(n in taken for n in r.change)
-        ]
-    return refusals
+    rows = [*of_activations(gated), *of_decays(gated, constant), *of_packing(gated, packed)]
+    if "initial_state" in taken:
+        rows += of_state(gated, found["packed-with-empty-and-one-step"])
+    if "chunk_size" in taken:
+        rows += of_chunk_size(gated)
+    return [
+        Refusal(reason, case, {name: x for name, x in change.items() if name in taken}, error, message)
+        for reason, case, change, error, message in rows
+    ]
 
 
 def of_dispatcher() -> list[Refusal]:
     """A named form is used or refused, with the reason."""
-    gated = by_id("simple_gla")["several-chunks-ragged-tail"]
+    gated = by_id("simple_gla")[GATED]
     refused = NotImplementedError
     backwards, state = r"reverse=True runs time backwards", r"the quadratic form has no state"
     return [
@@ -221,7 +254,7 @@ def of_step() -> list[Refusal]:
     found = by_id("simple_gla_step_")
     pool, constant = found["pool-with-padding"], found["constant-decay"]
     value, kind = ValueError, TypeError
-    rows: list[tuple[str, Case, dict[str, Any], type[Exception], str]] = [
+    rows: Rows = [
         ("q-with-a-time-axis", pool, {"q": lambda x: x[:, None]}, value, r"q must be \[N, HK, K\], got \(4, 1, 3, 5\)"),
         ("q-of-no-width", pool, {"q": lambda x: x[..., :0]}, value, r"q must have K >= 1, got K = 0"),
         (

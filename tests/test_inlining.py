@@ -109,9 +109,7 @@ def test_the_traced_body_is_the_chunk_form(offsets: list[int] | None, gate: str)
         torch.testing.assert_close(got, wanted)
     mask = [True, True, True, g is not None, gamma is not None, True]
     backward = (q, k, v, g, gamma, state, offsets, torch.randn_like(v), torch.randn_like(state), None, False, 16, mask)
-    for got, wanted in zip(
-        traced.backward(*backward), torch.ops.fla.chunk_simple_gla_backward(*backward), strict=True
-    ):
+    for got, wanted in zip(traced.backward(*backward), torch.ops.fla.chunk_simple_gla_backward(*backward), strict=True):
         torch.testing.assert_close(got, wanted)
 
 

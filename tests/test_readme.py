@@ -37,4 +37,6 @@ def _is_named(name: str, text: str) -> bool:
     """In full, or as a form's prefix beside its family: `chunk_` ... `fused_recurrent_simple_gla`."""
     if name in text:
         return True
-    return any(name.startswith(prefix) and name.removeprefix(prefix) in text for prefix in re.findall(r"`(\w+_)`", text))
+    return any(
+        name.startswith(prefix) and name.removeprefix(prefix) in text for prefix in re.findall(r"`(\w+_)`", text)
+    )

@@ -71,7 +71,7 @@ def sum_before(x, BT: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr):
 def contract_levels(
     readers, writers, log_decay,    # [BT, BM] x 3, float32
     BT: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
-    REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """sum_m readers_im exp(P_im - P_jm) writers_jm for each step i and the steps j it sees, [BT, BT]; then prefix and suffix of the chunk."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
@@ -79,7 +79,7 @@ def contract_levels(
     prefix, suffix = log_decay, tl.zeros([BT, BM], tl.float32)
     for level in tl.static_range(LEVELS):
         factor = tl.exp2(tl.where(later(1 << level, BT), prefix, suffix))
-        block = dot((readers * factor).to(DTYPE), tl.trans((writers * factor).to(DTYPE)), PRECISION)
+        block = dot(readers * factor, tl.trans(writers * factor), PRECISION)
         product += tl.where(meeting(1 << level, BT, REVERSE), block, 0.0)
         prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
     return product, prefix, suffix
@@ -89,15 +89,15 @@ def contract_levels(
 def spread_levels(
     scores, writers, log_decay,     # [BT, BT], [BT, BM] x 2, float32
     BT: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
-    REVERSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """sum_j scores_ij exp(P_im - P_jm) writers_jm over the steps j that i sees but itself, [BT, BM]; then prefix and suffix of the chunk."""
     spread = tl.zeros([BT, BM], tl.float32)
     prefix, suffix = log_decay, tl.zeros([BT, BM], tl.float32)
     for level in tl.static_range(LEVELS):
         factor = tl.exp2(tl.where(later(1 << level, BT), prefix, suffix))
-        met = tl.where(meeting(1 << level, BT, REVERSE), scores, 0.0).to(DTYPE)
-        spread += factor * dot(met, (writers * factor).to(DTYPE), PRECISION)
+        met = tl.where(meeting(1 << level, BT, REVERSE), scores, 0.0)
+        spread += factor * dot(met, writers * factor, PRECISION)
         prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
     return spread, prefix, suffix
 

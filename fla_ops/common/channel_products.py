@@ -5,6 +5,7 @@ For a state X [U, M] with the gate on its columns, inside a chunk:
     spread      y_i [M] = scale (sum_{j < i} (a_i . u_j) W_ij w_j + exp(P_i) X^T a_i)                W_ijm = exp(P_im - P_jm)
     contract    y_i [U] = sum_{j <= i} (sum_m r_im W_ijm w_jm) u_j + X (exp(P_i) r_i)
 
+Slots' weights, softmax and decays are float32, and so are the operands of every product with them (PRECISION says how they are multiplied).
 In reverse, which contract does, step j sees the steps i >= j of all heads of the group and dX, the gradient that arrives after the chunk.
 """
 
@@ -46,12 +47,12 @@ def across_chunks(
     for width in range(0, U, BU):
         rows = load_rows(a, first, steps, width, HA, U, BT, BU)
         at, inside = state_tile(matrix, width, slot, U, M, BU, BM, TRANSPOSED)
-        read += dot(rows, tl.load(states + at, mask=inside, other=0.0).to(rows.dtype), PRECISION)
+        read += dot(rows.to(tl.float32), tl.load(states + at, mask=inside, other=0.0), PRECISION)
     return read
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def spread_kernel(
+def channel_spread_kernel(
     a, u, w, g,                             # [B, T, HA, U], [B, T, H, U], [B, T, H, M] x 2; HA = H * GROUP
     states, y, own,                         # [rows, H, U, M] or TRANSPOSED, [B, T, HA, M], [B, T, HA]
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
@@ -76,7 +77,7 @@ def spread_kernel(
         tl.store(own + (first + t) * HA + head, diagonal(scores, BT) * scale, mask=t < steps)
     log_decay = load_log_decays(g + source * M, first, steps, slot, H, M, BT, BM)
     writers = load_rows(w + source * M, first, steps, slot, H, M, BT, BM).to(tl.float32)
-    read, prefix, _ = spread_levels(scores, writers, log_decay, BT, BM, LEVELS, False, a.dtype.element_ty, PRECISION)
+    read, prefix, _ = spread_levels(scores, writers, log_decay, BT, BM, LEVELS, False, PRECISION)
     outer = across_chunks(a, states, row * H + source, first, steps, slot, HA, U, M, BT, BU, BM, TRANSPOSED, PRECISION)
     store_rows(y + head * M, (read + tl.exp2(prefix) * outer) * scale, first, steps, slot, HA, M, BT, BM)
 
@@ -118,7 +119,7 @@ def contract_scores(
     matrix, first, steps, width, outside,   # whether to read the state too
     H: tl.constexpr, HR: tl.constexpr, HW: tl.constexpr, U: tl.constexpr, M: tl.constexpr,
     BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
-    SOFTMAX: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTMAX: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """sum_m r_im W_ijm w_jm, [BT, BT], and X (exp(P_i) r_i), [BT, BU]."""
     scores = tl.zeros([BT, BT], tl.float32)
@@ -133,18 +134,17 @@ def contract_scores(
             readers = load_rows(r, first, steps, slot, HR, M, BT, BM).to(tl.float32)
         writers = load_rows(w, first, steps, slot, HW, M, BT, BM).to(tl.float32)
         log_decay = load_log_decays(g, first, steps, slot, H, M, BT, BM)
-        product, prefix, suffix = contract_levels(readers, writers, log_decay, BT, BM, LEVELS, REVERSE, DTYPE, PRECISION)
+        product, prefix, suffix = contract_levels(readers, writers, log_decay, BT, BM, LEVELS, REVERSE, PRECISION)
         scores += product
         if outside:
-            readers = (readers * tl.exp2(suffix if REVERSE else prefix)).to(DTYPE)
             at, inside = state_tile(matrix, width, slot, U, M, BU, BM, TRANSPOSED)
-            state = tl.load(states + at, mask=inside, other=0.0).to(DTYPE)
-            outer += dot(readers, tl.trans(state), PRECISION)
+            state = tl.load(states + at, mask=inside, other=0.0)
+            outer += dot(readers * tl.exp2(suffix if REVERSE else prefix), tl.trans(state), PRECISION)
     return scores, outer
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def contract_kernel(
+def channel_contract_kernel(
     r, own, w, u, g,                        # [B, T, HR, M], [B, T, HR], [B, T, HW, M], [B, T, HW, U], [B, T, H, M]
     states, y,                              # [rows, H, U, M] or TRANSPOSED, [B, T, HR, U]
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
@@ -156,7 +156,6 @@ def contract_kernel(
     """HR = H * READERS, HW = H * WRITERS; one of the two is a group. SOFTMAX: r is what earlier steps add to the softmax's argument."""
     HR: tl.constexpr = H * READERS
     HW: tl.constexpr = H * WRITERS
-    DTYPE: tl.constexpr = u.dtype.element_ty
     row, head, block = split_program((U + BU - 1) // BU, HR)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
     first, steps, width = start + i * BT, length - i * BT, block * BU
@@ -172,9 +171,10 @@ def contract_kernel(
     for j in range(WRITERS):
         scores, outer = contract_scores(
             r, own, w + j * M, g + source * M, states, row * H + source, first, steps, width, j == 0,
-            H, HR, HW, U, M, BT, BU, BM, LEVELS, SOFTMAX, REVERSE, TRANSPOSED, DTYPE, PRECISION,
+            H, HR, HW, U, M, BT, BU, BM, LEVELS, SOFTMAX, REVERSE, TRANSPOSED, PRECISION,
         )
-        out += outer + dot(scores.to(DTYPE), load_rows(u + j * U, first, steps, width, HW, U, BT, BU), PRECISION)
+        values = load_rows(u + j * U, first, steps, width, HW, U, BT, BU)
+        out += outer + dot(scores, values.to(tl.float32), PRECISION)
     store_rows(y + head * U, out, first, steps, width, HR, U, BT, BU)
 
 
@@ -197,7 +197,7 @@ def spread(
     entry = launch.entry("channel_spread", a, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(
-        spread_kernel,
+        channel_spread_kernel,
         index.rows * readers * triton.cdiv(slots, slot_block),
         a, u, w, g, states, y, own, cu_seqlens, index.sequence, index.ends, scale, time, sequences_in(cu_seqlens),
         H=heads, GROUP=readers // heads, U=width, M=slots, BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
@@ -225,7 +225,7 @@ def contract(
     entry = launch.entry("channel_contract", u, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(
-        contract_kernel,
+        channel_contract_kernel,
         index.rows * readers * triton.cdiv(width, width_block),
         r, own, w, u, g, states, y, cu_seqlens, index.sequence, index.ends, y.shape[1], sequences_in(cu_seqlens),
         H=heads, READERS=readers // heads, WRITERS=w.shape[2] // heads, U=width, M=slots,

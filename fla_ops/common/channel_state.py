@@ -59,9 +59,9 @@ def channel_state_kernel(
         edge = tl.exp2(edge)
         state *= tl.exp2(tl.sum(log_decay, 0))[None, :]
         for j in range(GROUP):
-            read = load_rows(u + j * U, first, steps, width, H * GROUP, U, BT, BU)
-            written = load_rows(w + j * M, first, steps, slot, H * GROUP, M, BT, BM) * edge
-            state += dot(tl.trans(read), written.to(read.dtype), PRECISION)
+            rows = load_rows(u + j * U, first, steps, width, H * GROUP, U, BT, BU).to(tl.float32)
+            columns = load_rows(w + j * M, first, steps, slot, H * GROUP, M, BT, BM) * edge
+            state += dot(tl.trans(rows), columns, PRECISION)
     if final is not None:
         tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
 

@@ -1,4 +1,4 @@
-"""Where the chunks of dense and packed sequences lie: built on the device without reading it back, looked up by kernels."""
+"""Where the chunks of dense and packed sequences lie: built on the device, never read back, looked up by kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 class ChunkIndex:
     """Chunks of `size` steps in rows, one sequence after the other.
 
-    A dense batch has the same number of rows for each sequence. Packed sequences have at most `rows`: the unused ones, at the end,
-    name sequence N.
+    A dense batch has the same number of rows for each sequence. Packed sequences have at most `rows`: the unused ones,
+    at the end, name sequence N.
     """
 
     size: int
@@ -40,18 +40,16 @@ def sequence_bounds(n, cu_seqlens, T):
     """First step (int64) and length of sequence n."""
     if cu_seqlens is not None:
         start = tl.load(cu_seqlens + n).to(tl.int64)
-        return start, (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
+        length = (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
     else:
-        return n * T, T
+        start, length = n * T, T
+    return start, length
 
 
 @triton.jit
 def first_row(n, chunk_ends, T, BT: tl.constexpr):
     """The row of the first chunk of sequence n."""
-    if chunk_ends is not None:
-        return tl.load(chunk_ends + n - 1, mask=n > 0, other=0)
-    else:
-        return n * tl.cdiv(T, BT)
+    return tl.load(chunk_ends + n - 1, mask=n > 0, other=0) if chunk_ends is not None else n * tl.cdiv(T, BT)
 
 
 @triton.jit
@@ -59,12 +57,16 @@ def locate_chunk(
     row, cu_seqlens, chunk_sequence, chunk_ends,    # int64, [N + 1], [rows], [N]
     T, N, BT: tl.constexpr,
 ):
-    """The sequence's first step (int64) and length, and which of its chunks lies in this row; in an unused row the length is 0."""
+    """The sequence's first step (int64) and length, and which of its chunks lies in this row.
+
+    In an unused row the length is 0.
+    """
     if cu_seqlens is not None:
         n = tl.load(chunk_sequence + row)
         start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = tl.load(cu_seqlens + tl.minimum(n + 1, N)) - start
-        return start, length.to(tl.int32), (row - first_row(n, chunk_ends, T, BT)).to(tl.int32)
+        length = (tl.load(cu_seqlens + tl.minimum(n + 1, N)) - start).to(tl.int32)
+        chunk = row - first_row(n, chunk_ends, T, BT)
     else:
         chunks = tl.cdiv(T, BT)
-        return row // chunks * T, T, (row % chunks).to(tl.int32)
+        start, length, chunk = row // chunks * T, T, row % chunks
+    return start, length, chunk.to(tl.int32)

@@ -2,8 +2,9 @@
 
     dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s)
 
-over one sequence, or over the rest of a chunk plus <S, dS> at its end, where that is known: then no rounding adds up along the
-sequence. With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a chunk ends at its first step.
+over one sequence, or over the rest of a chunk plus <S, dS> at its end, where that is known: then no rounding adds up
+along the sequence. With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a chunk ends at its
+first step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fla_ops import launch
 from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gates import RESET, load_log_decay
-from fla_ops.common.tiles import load_rows, split_program
+from fla_ops.common.tiles import load_rows, nearest, split_program
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -55,7 +56,7 @@ def gate_gradient_kernel(
         reset = load_log_decay(g, first, steps, head, H, BT, DECAY) <= RESET
         dlog_decay = tl.where(reset, 0.0, beyond + tl.cumsum(change, 0, reverse=not REVERSE))
         t = tl.arange(0, BT)
-        tl.store(dg + (first + t) * H + head, dlog_decay.to(dg.dtype.element_ty), mask=t < steps)
+        tl.store(dg + (first + t) * H + head, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
         beyond += tl.sum(change, 0)
 
 

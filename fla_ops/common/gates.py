@@ -1,8 +1,8 @@
 """Decay factors inside a block of steps, as device functions.
 
-Log decays are converted to powers of two. A step whose decay is zero in float32 (-inf included) is a reset: it does not enter the
-running sum but a running count, and a weight is zero when a reset lies between its two steps. So no infinity meets another, no
-difference of two sums crosses a reset, and every exponent is masked before it is raised.
+Log decays are converted to powers of two. A step whose decay is zero in float32 (-inf included) is a reset: it does not
+enter the running sum but a running count, and a weight is zero when a reset lies between its two steps. So no infinity
+meets another, no difference of two sums crosses a reset, and every exponent is masked before it is raised.
 
 DECAY says what `g` is: "step", log decays [B, T, H]; "head", one log decay per head [H]; "none".
 """
@@ -53,7 +53,7 @@ def last(x, BT: tl.constexpr):
 
 @triton.jit
 def exponents(sums, count, BT: tl.constexpr, REVERSE: tl.constexpr):
-    """Log decays, -inf across a reset: of what enters the block at each step [BT], of each step where the block is left [BT], of all.
+    """Exponents, -inf across a reset: of what enters, at each step [BT]; of each step, at the exit [BT]; of all.
 
     REVERSE walks backwards in time: what enters comes from the block's end.
     """
@@ -62,19 +62,17 @@ def exponents(sums, count, BT: tl.constexpr, REVERSE: tl.constexpr):
     to_end = tl.where(count == resets, end - sums, NEVER)
     total = tl.where(resets == 0, end, NEVER)
     if REVERSE:
-        return to_end, from_start, total
+        enter, leave = to_end, from_start
     else:
-        return from_start, to_end, total
+        enter, leave = from_start, to_end
+    return enter, leave, total
 
 
 @triton.jit
 def causal(BT: tl.constexpr, REVERSE: tl.constexpr):
     """Which steps j [BT columns] each step i [BT rows] sees."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
-    if REVERSE:
-        return i <= j
-    else:
-        return i >= j
+    return i <= j if REVERSE else i >= j
 
 
 @triton.jit
@@ -90,12 +88,17 @@ def block_decay(
     g, first, steps, head,
     H: tl.constexpr, BT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    """Factors of one block of steps, in walking order: step j at step i [BT, BT], what enters at step i [BT], step j at the exit
-    [BT], what enters at the exit."""
+    """Factors of one block of steps, in walking order.
+
+    Of step j, at step i [BT, BT]; of what enters, at step i [BT]; of step j, at the exit [BT]; of what enters, there.
+    """
     if DECAY == "none":
-        ones = tl.full([BT], 1.0, tl.float32)
-        return tl.where(causal(BT, REVERSE), 1.0, 0.0), ones, ones, 1.0
+        between = tl.where(causal(BT, REVERSE), 1.0, 0.0)
+        enter = tl.full([BT], 1.0, tl.float32)
+        leave, total = enter, 1.0
     else:
         sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
-        enter, leave, total = exponents(sums, count, BT, REVERSE)
-        return within(sums, count, BT, REVERSE), tl.exp2(enter), tl.exp2(leave), tl.exp2(total)
+        log_enter, log_leave, log_total = exponents(sums, count, BT, REVERSE)
+        between = within(sums, count, BT, REVERSE)
+        enter, leave, total = tl.exp2(log_enter), tl.exp2(log_leave), tl.exp2(log_total)
+    return between, enter, leave, total

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
+from fla_ops.common.tiles import nearest
 
 
 @triton.jit
@@ -22,11 +23,11 @@ def group_sum_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(GROUP):
         total += tl.load(x + i * WIDTH, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, nearest(total, y.dtype.element_ty), mask=inside)
 
 
 def per_value_head(x: Tensor, heads: int, exact: bool = False) -> Tensor:
-    """A buffer for the gradient of x [B, T, HK, D] from each of `heads` value heads, float32 where it is used further."""
+    """A buffer for the gradient of x [B, T, HK, D] from each of `heads` heads, float32 where it is used further."""
     shape = (*x.shape[:2], heads, x.shape[3])
     return torch.empty(shape, dtype=torch.float32 if exact or heads > x.shape[2] else x.dtype, device=x.device)
 

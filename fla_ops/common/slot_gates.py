@@ -114,7 +114,7 @@ def slot_gates_gradient_kernel(
 def slot_gates(s: Tensor, cu_seqlens: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """Weights and log decays of s [B, T, H, M], float32."""
     weights, g = (torch.empty(s.shape, dtype=torch.float32, device=s.device) for _ in range(2))
-    _run(slot_gates_kernel, s, weights, g, cu_seqlens=cu_seqlens, reverse=reverse)
+    _run("slot_gates", slot_gates_kernel, s, weights, g, cu_seqlens=cu_seqlens, reverse=reverse)
     return weights, g
 
 
@@ -129,13 +129,13 @@ def slot_gates_gradient(
 ) -> Tensor:
     """The gradient of s in `dtype`, from those of the weights and the log decays."""
     ds = torch.empty(g.shape, dtype=dtype, device=g.device)
-    _run(slot_gates_gradient_kernel, weights, g, dweights, dg, ds, cu_seqlens=cu_seqlens, reverse=reverse)
+    _run("slot_gates_gradient", slot_gates_gradient_kernel, weights, g, dweights, dg, ds, cu_seqlens=cu_seqlens, reverse=reverse)
     return ds
 
 
-def _run(kernel: object, *tensors: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> None:
+def _run(name: str, kernel: object, *tensors: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> None:
     batch, time, heads, slots = tensors[0].shape
-    entry = launch.entry("slot_gates", tensors[0], slots, slots)
+    entry = launch.entry(name, tensors[0], slots, slots)
     slot_block = launch.block(entry["BM"], slots)
     launch.run(
         kernel,

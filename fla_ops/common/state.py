@@ -1,6 +1,6 @@
 """The state before each chunk, and the gradient that arrives after each chunk: one walk along each sequence.
 
-Forward:  S' = d S + sum_j b_j k_j v_j^T, with b_j the decay from step j to the chunk's end and d that of the whole chunk.
+Forward:  S' = d S + sum_j b_j k_j v_j^T, with b_j the decay from step j to the chunk's end and d that of the chunk.
 Reverse:  dS = d dS' + scale sum_i a_i q_i do_i^T, with a_i the decay from the chunk's start to step i.
 """
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from fla_ops import launch
 from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gates import block_decay
-from fla_ops.common.tiles import dot, load_rows, split_program, state_tile
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, state_tile
 
 
 @triton.jit(do_not_specialize=["T"])
 def chunk_state_kernel(
     k, v, g,                    # [B, T, HK, K], [B, T, H, V], [B, T, H] or [H]; REVERSE: q and do for k and v
-    initial, states, final,     # [N, H, K, V], [rows, H, K, V], [N, H, K, V]; TRANSPOSED: initial and final are [N, H, V, K]
+    initial, states, final,     # [N, H, K, V], [rows, H, K, V], [N, H, K, V]; TRANSPOSED: first and last [N, H, V, K]
     cu_seqlens, chunk_ends,     # [N + 1], [N]
     scale, T,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -47,15 +47,15 @@ def chunk_state_kernel(
         first, steps = start + i * BT, length - i * BT
         if states is not None:
             into, kept = state_tile((row + i) * H + head, key, value, K, V, BK, BV, False)
-            tl.store(states + into, state.to(states.dtype.element_ty), mask=kept)
+            tl.store(states + into, nearest(state, states.dtype.element_ty), mask=kept)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         values = load_rows(v, first, steps, value, H, V, BT, BV)
         _, _, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         if DECAY != "none" or REVERSE:
-            values = (values * (scale * leave)[:, None]).to(values.dtype)
+            values = nearest(values * (scale * leave)[:, None], values.dtype)
         state = state * total + dot(tl.trans(keys), values, PRECISION)
     if final is not None:
-        tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
 
 def chunk_states(
@@ -86,6 +86,7 @@ def chunk_states(
         sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
         k, v, gate[0], initial, states, final, cu_seqlens, index.ends, scale, time,
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
-        DECAY=gate[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=state_v_first, **launch.options(entry),
+        DECAY=gate[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=state_v_first,
+        **launch.options(entry),
     )
     return states

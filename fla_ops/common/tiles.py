@@ -18,6 +18,15 @@ def split_program(BLOCKS: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
+def nearest(x, dtype: tl.constexpr):
+    """float32 x in dtype, rounded to nearest as a GPU does; the interpreter would cut bfloat16 off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(x == 0, x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True))
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a b, accumulated in float32. PRECISION is that of float32 operands: "ieee", or "tf32x3", which is as accurate."""
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16
@@ -46,7 +55,7 @@ def store_rows(
     t = tl.arange(0, BT)[:, None]
     c = column + tl.arange(0, BW)[None, :]
     at = x + first * (HEADS * WIDTH) + t * (HEADS * WIDTH) + c
-    tl.store(at, tile.to(x.dtype.element_ty), mask=(t < steps) & (c < WIDTH))
+    tl.store(at, nearest(tile, x.dtype.element_ty), mask=(t < steps) & (c < WIDTH))
 
 
 @triton.jit
@@ -59,7 +68,4 @@ def state_tile(
     i = key + tl.arange(0, BK)[:, None]
     j = value + tl.arange(0, BV)[None, :]
     inside = (i < K) & (j < V)
-    if TRANSPOSED:
-        return matrix * (K * V) + (j * K + i), inside
-    else:
-        return matrix * (K * V) + (i * V + j), inside
+    return matrix * (K * V) + (j * K + i if TRANSPOSED else i * V + j), inside

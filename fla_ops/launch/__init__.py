@@ -1,8 +1,9 @@
 """How a kernel is launched, and with which settings.
 
-The settings are data: `<device class>.json` maps a kernel's name to a list of entries, each for a dtype ("float32", "half" or "any")
-and for widths up to `key_width` and `value_width`. The narrowest entry that covers a call is used, else the widest. An entry holds
-block sizes, num_warps and num_stages; `spills` is the number of bytes it is known to spill, where that pays.
+The settings are data: `<device class>.json` maps a kernel's name to a list of entries, each for a dtype ("float32",
+"half" or "any") and for widths up to `key_width` and `value_width`. The narrowest entry that covers a call is used,
+else the widest. An entry holds block sizes, num_warps and num_stages; `precision` says how float32 operands are
+multiplied, and `spills` how many bytes it is known to spill, where that pays.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def device_class(index: int | None) -> str:
     major, _ = torch.cuda.get_device_capability(index)
     if major < 8:
         raise RuntimeError(f"the kernels need compute capability 8.0 or newer, got {major}.x on cuda:{index}")
-    # Cards of 8.6, 8.9 and 12.x have less shared memory than the class they are nearest to; Triton reports it if that matters.
+    # Cards of 8.6, 8.9 and 12.x have less shared memory than the nearest class; Triton says so if it matters.
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
@@ -48,7 +49,8 @@ def entry(kernel: str, x: torch.Tensor, key_width: int, value_width: int) -> Ent
 
 def covers(kernel: str, x: torch.Tensor, key_width: int) -> bool:
     """Whether a kernel that holds all of key_width in one program has settings for it."""
-    return entry(kernel, x, key_width, 0)["key_width"] >= key_width
+    widest: int = entry(kernel, x, key_width, 0)["key_width"]
+    return widest >= key_width
 
 
 @cache
@@ -69,7 +71,7 @@ def block(limit: int, width: int) -> int:
 
 
 def precision(entry: Entry) -> str:
-    """How float32 operands are multiplied: "ieee", or "tf32x3" (three products of tf32 parts, as accurate as float32)."""
+    """How float32 operands are multiplied: "ieee", or "tf32x3", three products of tf32 parts."""
     chosen: str = entry.get("precision", "ieee")
     return chosen
 
@@ -80,7 +82,7 @@ def options(entry: Entry) -> dict[str, int]:
 
 
 def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Launch `programs` programs along axis 0, the one that is not limited to 65535; in traced code, record the launch."""
+    """Launch `programs` programs along axis 0, which is not limited to 65535; in traced code, record the launch."""
     if any(isinstance(x, FunctionalTensor) for x in args):
         torch.library.wrap_triton(kernel)[(programs,)](*args, **constants)
     elif programs > 0:

@@ -16,11 +16,13 @@ from fla_ops.common import chunk_index
 from fla_ops.common.chunk_index import locate_chunk
 from fla_ops.common.gates import block_decay, gate
 from fla_ops.common.state import chunk_states
-from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from . import checks
-from .chunk_backward import backward as backward
+from .chunk_backward import backward
 from .launching import check_offsets, contiguous, final_state, refuse_float64, scale_of
+
+__all__ = ["backward", "forward"]
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -52,7 +54,7 @@ def chunk_output_kernel(
         out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
     decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
-    out = out * from_start[:, None] + dot((scores * decay).to(values.dtype), values, PRECISION)
+    out = out * from_start[:, None] + dot(nearest(scores * decay, values.dtype), values, PRECISION)
     store_rows(o, out * scale, first, steps, block * BV, H, V, BT, BV)
 
 

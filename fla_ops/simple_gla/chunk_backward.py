@@ -1,14 +1,14 @@
 """Gradients of the chunk form: two passes that carry the state and its gradient, then one program per chunk and head.
 
-With W_ij = scale D_ij for j <= i, S the state before the chunk, dS the gradient that arrives after it, a_i the decay from the
-chunk's start to step i, b_j from step j to its end and d over all of it:
+With W_ij = scale D_ij for j <= i, S the state before the chunk, dS the gradient that arrives after it, a_i the decay
+from the chunk's start to step i, b_j from step j to its end and d over all of it:
 
     dq_i = sum_j W_ij (do_i . v_j) k_j + scale a_i S do_i
     dk_j = sum_i W_ij (do_i . v_j) q_i + b_j dS v_j
     dv_j = sum_i W_ij (q_i . k_j) do_i + b_j dS^T k_j
 
-A gate at step t scales what passes it: pairs (i, j) of its chunk with j < t <= i, S on its way to the steps i >= t and to the chunk's
-end, and what the steps j < t leave there. With dk_j split into x_j + y_j as above,
+A gate at step t scales what passes it: pairs (i, j) of its chunk with j < t <= i, S on its way to the steps i >= t and
+to the chunk's end, and what the steps j < t leave there. With dk_j split into x_j + y_j as above,
 
     dg_t = sum_{i >= t} (q_i . dq_i - k_i . x_i) + sum_{j < t} k_j . y_j + d <S, dS>
 
@@ -27,7 +27,7 @@ from fla_ops.common.chunk_index import locate_chunk
 from fla_ops.common.gates import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.heads import group_sum, per_value_head
 from fla_ops.common.state import chunk_states
-from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from .launching import contiguous, scale_of
 
@@ -42,13 +42,16 @@ def query_key_gradient(
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
     NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
 ):
-    """Writes dq and dk where they are given; returns q_i . dq_i - k_i . x_i [BT], k_j . y_j [BT] and <S, dS>, if both are needed."""
+    """Writes dq and dk where they are given; returns q_i . dq_i - k_i . x_i [BT], k_j . y_j [BT] and <S, dS>.
+
+    What it returns is complete if both are needed.
+    """
     dscores = tl.zeros([BT, BT], tl.float32)
     for value in range(0, V, BV):
         dout = load_rows(do, first, steps, value, H, V, BT, BV)
         values = load_rows(v, first, steps, value, H, V, BT, BV)
         dscores += dot(dout, tl.trans(values), PRECISION)
-    dscores = (dscores * decay * scale).to(v.dtype.element_ty)
+    dscores = nearest(dscores * decay * scale, v.dtype.element_ty)
 
     later = tl.zeros([BT], tl.float32)
     earlier = tl.zeros([BT], tl.float32)
@@ -85,7 +88,7 @@ def query_key_gradient(
 
 @triton.jit
 def value_gradient(
-    q, k, do, dstates, dv,                  # at this head: [time, HK, K] x 2, [time, H, V]; [rows, H, K, V]; at this head
+    q, k, do, dstates, dv,                  # at this head, as above; dstates [rows, H, K, V]
     decay, to_end, scale,
     matrix, first, steps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -97,7 +100,7 @@ def value_gradient(
         queries = load_rows(q, first, steps, key, HK, K, BT, BK)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         scores += dot(queries, tl.trans(keys), PRECISION)
-    scores = (scores * decay * scale).to(do.dtype.element_ty)
+    scores = nearest(scores * decay * scale, do.dtype.element_ty)
     for value in range(0, V, BV):
         dvalues = tl.zeros([BT, BV], tl.float32)
         for key in range(0, K, BK):
@@ -146,7 +149,7 @@ def chunk_backward_kernel(
             dlog_decay = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier) + total * overlap
             dlog_decay = tl.where(log_decay <= RESET, 0.0, dlog_decay)
             t = tl.arange(0, BT)
-            tl.store(dg + (first + t) * H + head, dlog_decay.to(dg.dtype.element_ty), mask=t < steps)
+            tl.store(dg + (first + t) * H + head, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
 
 
 def backward(

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gates import gate
-from fla_ops.common.tiles import split_program
+from fla_ops.common.tiles import nearest, split_program
 
 from . import checks
 from .launching import contiguous, refuse_float64, scale_of
@@ -33,7 +33,7 @@ def decoding_kernel(
         slot = tl.load(slots + n).to(tl.int64)
         if (slot < 0) | (slot >= P):
             nothing = tl.where(slot == -1, 0.0, float("nan"))
-            tl.store(at_o, tl.full([BV], 0.0, tl.float32).to(o.dtype.element_ty) + nothing.to(o.dtype.element_ty), mask=in_value)
+            tl.store(at_o, tl.zeros([BV], tl.float32) + nothing, mask=in_value)
             return
     decay = 1.0
     if DECAY == "step":
@@ -51,9 +51,9 @@ def decoding_kernel(
         inside = (key < K)[:, None] & in_value[None, :]
         at = at_state + key[:, None].to(tl.int64) * stride_k + value[None, :].to(tl.int64) * stride_v
         tile = tl.load(at, mask=inside, other=0.0).to(tl.float32) * decay + keys[:, None] * values[None, :]
-        tl.store(at, tile.to(state.dtype.element_ty), mask=inside)
+        tl.store(at, nearest(tile, state.dtype.element_ty), mask=inside)
         out += tl.sum(tile * queries[:, None], 0)
-    tl.store(at_o, (out * scale).to(o.dtype.element_ty), mask=in_value)
+    tl.store(at_o, nearest(out * scale, o.dtype.element_ty), mask=in_value)
 
 
 def step(q, k, v, state, g, g_gamma, scale, slots):

@@ -1,12 +1,13 @@
-"""The fused chunk form: one program walks the chunks of a sequence and holds the whole [K, BV] state, so every input is read once.
+"""The fused chunk form: one program walks the chunks of a sequence and holds the whole [K, BV] state.
 
     o_i = scale (sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i)
     S'  = d S + sum_j b_j k_j v_j^T
 
-The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k), dv that of (k, q, do) and dk that
-of (v, do, q) backwards in time, with the gradient of the state as the state. The gradient of a gate would be a difference of two such
-results summed along the whole sequence, in which 16-bit rounding adds up: with gates the chunk form's gradient is used instead, which
-is exact inside each chunk and reads less. So are its kernels where a state is too wide for one program.
+The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k), dv that of (k, q,
+do) and dk that of (v, do, q) backwards in time, with the gradient of the state as the state. The gradient of a gate
+would be a difference of two such results summed along the whole sequence, in which 16-bit rounding adds up: with gates
+the chunk form's gradient is used instead, which is exact inside each chunk and reads less. So are the chunk form's
+kernels where a state is too wide for one program.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fla_ops import launch
 from fla_ops.common.chunk_index import sequence_bounds
 from fla_ops.common.gates import block_decay, gate
 from fla_ops.common.heads import group_sum, per_value_head
-from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from . import checks, chunk
 from .launching import check_offsets, contiguous, final_state, refuse_float64, scale_of
@@ -29,7 +30,7 @@ from .launching import check_offsets, contiguous, final_state, refuse_float64, s
 @triton.jit(do_not_specialize=["T"])
 def fused_chunk_kernel(
     q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
-    initial, o, final,                      # [N, H, K, V], [B, T, H, V], [N, H, K, V]; TRANSPOSED: the states are [N, H, V, K]
+    initial, o, final,                      # [N, H, K, V] or TRANSPOSED [N, H, V, K], [B, T, H, V], as initial
     cu_seqlens,                             # [N + 1]
     read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -55,17 +56,17 @@ def fused_chunk_kernel(
         values = load_rows(v, first, steps, value, HV, V, BT, BV)
         if o is not None:
             queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
-            out = dot(queries, state.to(queries.dtype), PRECISION)
+            out = dot(queries, nearest(state, queries.dtype), PRECISION)
             scores = dot(queries, tl.trans(keys), PRECISION)
         decay, enter, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
-        written = (values * (leave * write_scale)[:, None]).to(values.dtype)
+        written = nearest(values * (leave * write_scale)[:, None], values.dtype)
         state = state * total + dot(tl.trans(keys), written, PRECISION)
         if o is not None:
-            scores = (scores * (decay * write_scale)).to(values.dtype)
+            scores = nearest(scores * (decay * write_scale), values.dtype)
             out = out * enter[:, None] + dot(scores, values, PRECISION)
             store_rows(o + head * V, out * read_scale, first, steps, value, H, V, BT, BV)
     if final is not None:
-        tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
 
 def walk(
@@ -83,7 +84,7 @@ def walk(
     write_scale: float = 1.0,
     reverse: bool = False,
 ) -> None:
-    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are stored as [N, H, V, K]."""
+    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K]."""
     batch, time, _, key_width = k.shape
     heads, value_width = v.shape[2:]
     heads = max(heads, k.shape[2])
@@ -95,7 +96,8 @@ def walk(
         q, k, v, decay[0], initial, o, final, cu_seqlens, read_scale, write_scale, time,
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
         BT=min(chunk_size, entry["BT"]), BK=launch.block(entry["key_width"], key_width), BV=value_block,
-        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=transposed,
+        **launch.options(entry),
     )
 
 
@@ -107,7 +109,8 @@ def forward(
     refuse_float64(q)
     if not launch.covers("fused_chunk", q, q.shape[3]):
         return chunk.forward(
-            q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+            q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+            chunk_size,
         )
     check_offsets(cu_seqlens, q.shape[1])
     q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
@@ -127,7 +130,8 @@ def backward(
     need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
     if need_g or need_gamma or not launch.covers("fused_chunk", q, max(q.shape[3], v.shape[3])):
         return chunk.backward(
-            q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
+            q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size,
+            output_mask,
         )
     q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
         q, k, v, do, initial_state, dfinal_state, cu_seqlens

@@ -1,11 +1,15 @@
-"""The recurrent form: one program steps through a sequence and holds the whole [K, BV] state. All arithmetic is float32.
+"""The recurrent form: one program steps through a sequence and holds the whole [K, BV] state, in float32.
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t
 
-With reverse=True time runs backwards. The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k) in
-the same direction; dv is that of (k, q, do) and dk that of (v, do, q) in the other, with the gradient of the state as the state. That
-one decays on leaving a step, not on entering it: dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T. For the gates' gradient the walk for
-dq keeps the state at the end of every BT steps, and the walk for dk takes its product with the gradient that arrives there.
+With reverse=True time runs backwards. The gradients of q, k and v are the same walk with the roles exchanged: dq is
+the walk of (do, v, k) in the same direction; dv is that of (k, q, do) and dk that of (v, do, q) in the other, with the
+gradient of the state as the state. That one decays on leaving a step, not on entering it:
+
+    dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T
+
+For the gates' gradient the walk for dq keeps the state at the end of every BT steps, and the walk for dk takes its
+product with the gradient that arrives there.
 """
 
 from __future__ import annotations
@@ -23,17 +27,23 @@ from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gate_gradient import gate_gradient
 from fla_ops.common.gates import gate
 from fla_ops.common.heads import group_sum, per_value_head
-from fla_ops.common.tiles import split_program, state_tile
+from fla_ops.common.tiles import nearest, split_program, state_tile
 
 from . import checks
 from .launching import WIDEST, check_offsets, contiguous, final_state, refuse_float64, refuse_width, scale_of
 
 
+@triton.jit
+def at_edge(step, length, BT: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Whether the operator, maybe BACKWARDS in time, leaves a chunk with this step; its gradient enters there."""
+    return step % BT == 0 if BACKWARDS else (step % BT == BT - 1) | (step == length - 1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def fused_recurrent_kernel(
     q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
-    initial, o, final,                      # [N, H, K, V], [B, T, H, V], [N, H, K, V]; TRANSPOSED: the states are [N, H, V, K]
-    kept, products,                         # [rows, H, K, V], [rows, H, value blocks]; kept is written unless products is given
+    initial, o, final,                      # [N, H, K, V] or TRANSPOSED [N, H, V, K], [B, T, H, V], as initial
+    kept, products,                         # [rows, H, K, V], [rows, H, value blocks]; kept is written without products
     cu_seqlens, chunk_ends,                 # [N + 1], [N]
     read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -59,9 +69,8 @@ def fused_recurrent_kernel(
     for i in range(length):
         step = length - 1 - i if REVERSE else i
         t = start + step
-        # Where the forward walk leaves a chunk, and the gradient's walk enters it.
-        edge = step % BT == 0 if REVERSE != DECAY_LAST else (step % BT == BT - 1) | (step == length - 1)
         if products is not None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
             if edge:
                 chunk = (row + step // BT) * H + head
                 at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
@@ -77,15 +86,16 @@ def fused_recurrent_kernel(
         if o is not None:
             queries = tl.load(q + t * (HQ * K), mask=in_key, other=0.0).to(tl.float32) * read_scale
             out = tl.sum(state * queries[:, None], 0)
-            tl.store(o + (t * H + head) * V + value, out.to(o.dtype.element_ty), mask=in_value)
+            tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
         if kept is not None and products is None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
             if edge:
                 at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
                 tl.store(kept + at_kept, state, mask=there)
         if DECAY_LAST:
             state *= decay
     if final is not None:
-        tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
 
 def walk(
@@ -106,10 +116,10 @@ def walk(
     kept: Tensor | None = None,
     products: Tensor | None = None,
 ) -> None:
-    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are stored as [N, H, V, K].
+    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K].
 
-    kept [rows, H, K, V] receives the state at the end of each of the index's chunks, or, with products [rows, H, value blocks], holds
-    what to multiply with there.
+    kept [rows, H, K, V] receives the state at the end of each of the index's chunks, or, with products
+    [rows, H, value blocks], holds what to multiply with there.
     """
     batch, time, _, key_width = k.shape
     value_width = v.shape[3]

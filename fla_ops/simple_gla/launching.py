@@ -47,4 +47,4 @@ def final_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: 
 def refuse_width(letter: str, width: int) -> None:
     """The forms that hold a whole column of the state in one program are bound in its height."""
     if width > WIDEST:
-        raise ValueError(f"{letter} = {width} is over {WIDEST}: the state no longer fits one program, use the chunk form")
+        raise ValueError(f"{letter} = {width} is over {WIDEST}: the state no longer fits one program")

@@ -2,8 +2,9 @@
 
     o_i = sum_{j <= i} A_ij v_j,    A_ij = scale exp(g_{j+1} + ... + g_i) q_i . k_j
 
-Off the diagonal the exponent is (start of block i to step i) + (between the blocks) + (step j to end of block j): sums, no differences.
-The gradients are the same kernel with the roles exchanged, REVERSE where the columns lie after the rows:
+Off the diagonal the exponent is a sum of three, with no difference: from the start of i's block to step i, between the
+blocks, from step j to the end of its block. The gradients are the same kernel with the roles exchanged, REVERSE where
+the columns lie after the rows:
 
     dq: (do, v, k),  dk: (v, do, q) in reverse,  dv: (k, q, do) in reverse;  the first two add dA to do . v.
 """
@@ -21,7 +22,7 @@ from fla_ops.common.chunk_index import ChunkIndex, locate_chunk
 from fla_ops.common.gate_gradient import gate_gradient
 from fla_ops.common.gates import causal, exponents, gate, load_log_decay, running_sums, within
 from fla_ops.common.heads import group_sum, per_value_head
-from fla_ops.common.tiles import dot, load_rows, split_program, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, store_rows
 
 from . import checks
 from .launching import check_offsets, contiguous, refuse_float64, scale_of
@@ -29,16 +30,13 @@ from .launching import check_offsets, contiguous, refuse_float64, scale_of
 
 @triton.jit
 def attention_tile(
-    row, column, row_steps, column_steps,   # first step of the rows and of the columns in the matrix (int64), how many there are
+    row, column, row_steps, column_steps,   # first step of the rows and of the columns (int64), how many there are
     T, BT: tl.constexpr, SWAPPED: tl.constexpr,
 ):
-    """Offsets and mask of a [BT, BT] tile of a [T, T] matrix; SWAPPED when the matrix has the rows' steps as its columns."""
+    """Offsets and mask of a [BT, BT] tile of a [T, T] matrix, which is SWAPPED when its columns are the rows' steps."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     inside = (i < row_steps) & (j < column_steps)
-    if SWAPPED:
-        return (column + j) * T + row + i, inside
-    else:
-        return (row + i) * T + column + j, inside
+    return (column + j) * T + row + i if SWAPPED else (row + i) * T + column + j, inside
 
 
 @triton.jit
@@ -60,9 +58,9 @@ def block_product(
         scores += tl.load(dattn + matrix + at, mask=inside, other=0.0).to(tl.float32)
     scores *= weights
     if attn is not None:
-        tl.store(attn + matrix + at, scores.to(attn.dtype.element_ty), mask=inside & (value == 0))
+        tl.store(attn + matrix + at, nearest(scores, attn.dtype.element_ty), mask=inside & (value == 0))
     values = load_rows(v, column, column_steps, value, HV, V, BT, BV)
-    return dot(scores.to(values.dtype), values, PRECISION)
+    return dot(nearest(scores, values.dtype), values, PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -72,7 +70,8 @@ def parallel_kernel(
     cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
     scale, T, N,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):
     row, head, block = split_program((V + BV - 1) // BV, H)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
@@ -103,7 +102,7 @@ def parallel_kernel(
         column, column_steps = start + j * BT, length - j * BT
         if DECAY != "none":
             sums, count = running_sums(load_log_decay(g, column, column_steps, head, H, BT, DECAY))
-            ignored, leave, total = exponents(sums, count, BT, REVERSE)
+            _, leave, total = exponents(sums, count, BT, REVERSE)
             weights = tl.exp2(enter[:, None] + (leave + between)[None, :]) * scale
             between += total
         else:

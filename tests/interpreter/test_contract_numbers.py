@@ -1,0 +1,47 @@
+"""The contract's numbers and bits with the Triton kernels in place of ATen, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import EXPORT, INDUCTOR, SMALL, Case, cases
+from tests.contract import test_bits, test_numbers
+from tests.contract.helpers import INTERPRETED
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 before Triton is imported"),
+]
+
+
+def takes(case: Case, argument: str) -> bool:
+    """Whether the case's operator has an argument."""
+    return any(a.name == argument for a in case.overload._schema.arguments)
+
+
+def fewer(case: Case) -> Case:
+    """The case with fewer programs to interpret: one sequence, unless the case is about all."""
+    return case.resized(B=1) if "B" in case.sizes and EXPORT not in case.tags else case
+
+
+# A dispatcher runs the kernels of the others.
+CASES = [fewer(case) for case in cases(tag=SMALL) if not takes(case, "mode")]
+HALF = [case.resized(B=1) if "B" in case.sizes else case for case in CASES if case.tags & {EXPORT, INDUCTOR}]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32(case: Case) -> None:
+    """In memory that holds NaN until it is written."""
+    test_numbers.check_numbers(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_bfloat16(case: Case) -> None:
+    test_numbers.check_numbers(case, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cu_seqlens" in case.given], ids=str)
+def test_a_sequence_alone_or_in_a_pack_of_the_kernels(case: Case) -> None:
+    test_bits.test_a_sequence_alone_or_in_a_pack(case, "cpu", torch.float32)
