@@ -216,7 +216,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     """The sum of a * b over the last two dimensions, without their product in memory."""
     lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = (x.expand(*lead, *x.shape[-2:]).flatten(-2) for x in (a, b))
-    return (a.unsqueeze(-2) @ b.unsqueeze(-1))[..., 0, 0]
+    return (a.unsqueeze(-2) @ b.unsqueeze(-2).mT)[..., 0, 0]
 
 
 def _sum_group(x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def _gate_gradient(
     With P the running sum of g in the chunk, dP_i = q_i . dq_i - k_i . dk_i; the chunk's end, through b and d, adds
     sum_j k_j . dk_across_j + d <S, dS'> at the last step. dg is the running sum of dP from the end.
     """
-    along = (queries * dq).sum(-1) - (keys * dk).sum(-1)
+    along = (queries * dq).addcmul_(keys, dk, value=-1).sum(-1)
     carried = _dot(states, dstates)
     if isinstance(decay, Decay):
         carried *= decay.total[..., 0, 0]

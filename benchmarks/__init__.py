@@ -1,0 +1,1 @@
+"""Times of every operator beside what else computes it: `python -m benchmarks --help`."""

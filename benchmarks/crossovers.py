@@ -1,0 +1,227 @@
+"""Where one form overtakes another: `python -m benchmarks.crossovers` times every form over a grid of sizes.
+
+It fits the thresholds of `fla_ops/launch/crossovers.json` for the device at hand, rewrites that device's part of the
+table with its source, and keeps the grid in `benchmarks/results/crossovers_<device>.json`. `--fit` only fits the table
+again to a grid that was measured before; `--check` only says how far the choices are from the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import fla_ops
+from fla_ops.dispatch import Request, select
+from fla_ops.launch import crossovers as launch
+
+from . import machine, table
+from .contenders import contender
+from .problems import FORWARD, TRAINING, Problem
+from .timing import measure
+
+RESULTS = machine.ROOT / "benchmarks" / "results"
+ALLOWED = 1.15  # how much slower than the best form a choice may be
+HOPELESS = 6.0  # from PATIENCE steps on, a form this much slower than the best is not timed at greater lengths
+PATIENCE = 64
+LENGTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096)
+SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
+    "simple_gla": {
+        "cpu": [
+            {"B": 1, "H": 4, "K": 64, "V": 64}, {"B": 1, "H": 8, "K": 128, "V": 128},
+            {"B": 8, "H": 4, "K": 32, "V": 64}, {"B": 4, "H": 16, "K": 64, "V": 64},
+        ],
+        "cuda": [
+            {"B": 1, "H": 16, "K": 128, "V": 128}, {"B": 8, "H": 16, "K": 128, "V": 128},
+            {"B": 4, "H": 8, "K": 64, "V": 64}, {"B": 32, "H": 16, "K": 128, "V": 128},
+        ],
+    },
+    "gsa": {
+        "cpu": [{"B": 1, "H": 4, "K": 64, "V": 64, "M": 64}, {"B": 4, "H": 4, "K": 32, "V": 64, "M": 32}],
+        "cuda": [{"B": 1, "H": 16, "K": 128, "V": 128, "M": 64}, {"B": 8, "H": 16, "K": 128, "V": 128, "M": 64}],
+    },
+}  # fmt: skip
+CANDIDATES = {  # values that each threshold may take
+    "recurrent_up_to": (0, *LENGTHS[:-1]),
+    "parallel_up_to": (0, *LENGTHS[:-1]),
+    "fused_from_heads": (1, 16, 32, 64, 128, 256),
+    "fused_from_time": (1, 65, 256, 512, 1024, 4096, 1 << 20),
+}
+Point = dict[str, Any]  # family, sizes, gradient, dtype, and milliseconds by form
+
+
+def forms_of(family: str) -> Any:
+    """The module that chooses a family's form."""
+    return importlib.import_module(f"fla_ops.{family}.forms")
+
+
+def request(point: Point, state: bool = False) -> Request:
+    """What the dispatcher would see of a point; with a state, forms that have none refuse."""
+    sizes = point["sizes"]
+    return Request(
+        family=point["family"],
+        device=point["device"],
+        batch=sizes["B"],
+        time=sizes["T"],
+        heads=sizes["H"],
+        key_width=sizes["K"],
+        value_width=sizes["V"],
+        dtype=getattr(torch, point["dtype"]),
+        gradient=point["gradient"],
+        state=state,
+    )
+
+
+def chosen(point: Point, state: bool = False) -> str:
+    """The form that `auto` picks."""
+    module, wanted = forms_of(point["family"]), request(point, state)
+    return select(module.FORMS, wanted, "auto", module.order(wanted)).form.name
+
+
+def regret(point: Point, state: bool = False) -> float:
+    """How much longer the chosen form takes than the best one; infinite where it was too slow to be timed."""
+    wanted = request(point, state)
+    able = [form.name for form in forms_of(point["family"]).FORMS if not form.refuse(wanted)]
+    times = {name: ms for name, ms in point["ms"].items() if name in able}
+    return float(times.get(chosen(point, state), math.inf)) / min(times.values())
+
+
+def regrets(points: Sequence[Point]) -> list[float]:
+    """The regret of every point, without a state and with one."""
+    return [regret(point, state) for point in points for state in (False, True)]
+
+
+def measure_family(family: str, device: torch.device, seconds: float, longest: int) -> Iterator[Point]:
+    """Every form at every size and length; forms that fell far behind are left out further on."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = [form.name for form in forms_of(family).FORMS]
+    for shape, gradient in itertools.product(SHAPES[family][device.type], (False, True)):
+        alive = set(names)
+        for length in (t for t in LENGTHS if t <= longest):
+            problem = Problem(family, family, "auto", {**shape, "T": length}, dtype)
+            timed = _time_forms(problem, [n for n in names if n in alive], gradient, device, seconds)
+            best = min(timed.values())
+            alive = {n for n, ms in timed.items() if n == names[0] or ms < HOPELESS * best or length < PATIENCE}
+            yield {
+                "family": family, "device": device.type, "sizes": problem.sizes, "gradient": gradient,
+                "dtype": str(dtype).removeprefix("torch."), "ms": timed,
+            }  # fmt: skip
+
+
+def _time_forms(
+    problem: Problem, names: Sequence[str], gradient: bool, device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Milliseconds of each form, best of many samples taken in turn."""
+    what = TRAINING if gradient else FORWARD
+    inputs = problem.inputs(device)
+    if gradient:
+        for name in problem.trained:
+            inputs[name].requires_grad_()
+    leaves = [[inputs[name] for name in problem.trained]]
+    dispatcher = getattr(fla_ops, problem.family)
+    calls = [contender(n, lambda _, n=n: dispatcher(**inputs, mode=n), leaves, what) for n in names]
+    measure(calls, device, seconds)
+    return {c.name: float(f"{min(c.samples) * 1e3:.4g}") for c in calls}
+
+
+def fit(points: Sequence[Point], thresholds: Sequence[str]) -> dict[str, int]:
+    """The thresholds with the smallest worst regret, and of those the smallest on average."""
+    module = forms_of(points[0]["family"])
+
+    def score(values: tuple[int, ...]) -> tuple[float, float]:
+        tried = dict(zip(thresholds, values, strict=True))
+        with mock.patch.object(module, "crossovers", return_value=tried):
+            found = regrets(points)
+        return max(*found, ALLOWED), sum(map(math.log, found))
+
+    best = min(itertools.product(*(CANDIDATES[name] for name in thresholds)), key=score)
+    return dict(zip(thresholds, best, strict=True))
+
+
+def rewrite(points: Sequence[Point], device: str, source: str, path: Path = launch.TABLE) -> None:
+    """Put fitted thresholds for the points' families and this device into the table."""
+    found = json.loads(path.read_text())
+    for family in dict.fromkeys(p["family"] for p in points):
+        part = found[family].setdefault(device, dict(found[family]["cuda"]))
+        part["source"] = source
+        for name, gradient in (("forward", False), ("training", True)):
+            mine = [p for p in points if (p["family"], p["gradient"]) == (family, gradient)]
+            part[name] = fit(mine, list(part[name]))
+    path.write_text(_as_text(found) + "\n")
+    launch.crossovers.cache_clear()
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    """JSON with one line for each row of thresholds."""
+    families = []
+    for family, devices in found.items():
+        parts = []
+        for device, part in devices.items():
+            lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(value)}" for name, value in part.items())
+            parts.append(f"    {json.dumps(device)}: {{\n{lines}\n    }}")
+        families.append(f"  {json.dumps(family)}: {{\n" + ",\n".join(parts) + "\n  }")
+    return "{\n" + ",\n".join(families) + "\n}"
+
+
+def show(points: Sequence[Point]) -> float:
+    """Print each point with its choice, without and with a state; the worst regret."""
+    lines = []
+    for p in points:
+        times = ", ".join(f"{name} {table.milliseconds(ms)}" for name, ms in p["ms"].items())
+        sizes = " ".join(f"{letter}{size}" for letter, size in p["sizes"].items())
+        choices = [f"{chosen(p, state)} {regret(p, state):.2f}" for state in (False, True)]
+        lines.append([p["family"], "training" if p["gradient"] else "forward", sizes, *choices, times])
+    print(table.grid(["family", "pass", "sizes", "auto picks, against best", "with a state", "times"], lines))
+    return max(regrets(points))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.crossovers", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each size and length (default 0.4)")
+    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out greater lengths")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measured grid")
+    parser.add_argument("--table", type=Path, default=launch.TABLE, help="the table to rewrite")
+    parser.add_argument("--fit", action="store_true", help="fit to the grid that was measured before")
+    parser.add_argument("--check", action="store_true", help="measure and write nothing")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    grid = options.results / f"crossovers_{options.device}.json"
+    if options.fit or options.check:
+        kept = json.loads(grid.read_text())
+    else:
+        kept = {"machine": machine.describe(device), "source": machine.source(device), "points": []}
+        progress = table.Progress(sum(2 * len(SHAPES[f][device.type]) for f in SHAPES) * len(LENGTHS))
+        for family in SHAPES:
+            for point in measure_family(family, device, options.seconds, options.longest):
+                progress.start(f"{family} {point['sizes']}")
+                kept["points"].append(point)
+        progress.clear()
+        kept["cores_others_used"] = machine.WATCH.others()
+        options.results.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(f"  {json.dumps(p)}" for p in kept["points"])
+        about = json.dumps({name: value for name, value in kept.items() if name != "points"}, indent=1)[:-2]
+        grid.write_text(f'{about},\n "points": [\n{lines}\n ]\n}}\n')
+        if (kept["cores_others_used"] or 0) > machine.BUSY:
+            print(f"THE MACHINE WAS NOT QUIET: others used {kept['cores_others_used']:.2f} cores")
+    if not options.check:
+        rewrite(kept["points"], options.device, kept["source"], options.table)
+    with mock.patch.object(launch, "TABLE", options.table):
+        worst = show(kept["points"])
+    launch.crossovers.cache_clear()
+    print(f"worst choice: {worst:.2f} times the best form's time (allowed {ALLOWED})")
+    return 0 if worst <= ALLOWED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""What else computes the same, where it is installed: fla-core, the PyTorch paths of transformers, softmax attention.
+
+A peer turns our inputs into its own, once, before timing. `make` imports its package; where that is missing or too old
+to have the function, the peer is shown as not installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problems import DECODE, FAMILIES, Inputs, Problem
+
+Made = tuple[Callable[[], Any], list[Tensor]]  # the call, and what a gradient is taken for
+LONG = ("chunk", "fused_chunk", "auto")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation.
+
+    name      as it is shown
+    package   distribution that it comes from
+    make      (inputs, variant) -> the call and its leaves
+    same      whether it computes what ours does: else it is there for scale
+    variants  settings of which the fastest is compared, such as chunk sizes
+    """
+
+    name: str
+    package: str
+    make: Callable[[Inputs, Any], Made]
+    same: bool = True
+    variants: tuple[Any, ...] = (None,)
+
+
+def peers_of(problem: Problem, what: str, device: torch.device) -> Iterator[Peer]:
+    """The peers of one operator on this device."""
+    if what == DECODE:
+        yield Peer(f"copy of the {'cache' if 'T' in problem.sizes else 'state'}", "torch", _copy, same=False)
+    if device.type == "cuda":
+        yield from _on_a_gpu(problem, what) if problem.operator != "normalize_output" else ()
+    else:
+        yield from _on_a_cpu(problem)
+    if problem.role in (*LONG, "parallel"):
+        yield Peer("softmax attention", "torch", _softmax, same=False)
+
+
+def _on_a_gpu(problem: Problem, what: str) -> Iterator[Peer]:
+    name = f"chunk_{problem.family}" if problem.role == "auto" else problem.operator
+    if problem.family == "attn":
+        name = "parallel_attn" if problem.role == "auto" else problem.operator
+    if what == DECODE and problem.operator.endswith("_step_"):
+        family = problem.operator.removesuffix("_step_")
+        yield Peer("fla-core fused_recurrent", "fla-core", _one_step(family, f"fused_recurrent_{family}"))
+    else:
+        module = f"fla.ops.{problem.family if problem.family in FAMILIES else 'attn'}"
+        if problem.operator == "attn_decoding_one_step":
+            module += ".decoding"
+        yield Peer("fla-core", "fla-core", _by_name(module, name))
+
+
+def _on_a_cpu(problem: Problem) -> Iterator[Peer]:
+    family, role = problem.family, problem.role
+    naive = f"fla.ops.{family}.naive"
+    if family == "simple_gla" and role in LONG:
+        chunked = _by_name(naive, "naive_chunk_simple_gla", "chunk_size")
+        yield Peer("fla-core naive_chunk", "fla-core", chunked, variants=(32, 64, 128))
+        yield Peer("transformers Mamba-2", "transformers", _mamba2, variants=(32, 64, 128, 256))
+        yield Peer("transformers MiniMax", "transformers", _minimax, same=False)
+    elif family == "linear_attn" and role in LONG:
+        yield Peer("fla-core naive_chunk", "fla-core", _by_name(naive, "naive_chunk_linear_attn"))
+    elif family == "lightning_attn" and role in LONG:
+        yield Peer("transformers MiniMax", "transformers", _minimax, same=False)
+    elif family == "gsa":
+        yield Peer("fla-core naive_recurrent", "fla-core", _by_name(naive, "naive_recurrent_gsa"))
+    elif family == "attn":
+        yield Peer("fla-core naive_parallel", "fla-core", _by_name(naive, "naive_parallel_attn"))
+    elif problem.operator == "attn_decoding_one_step":
+        yield Peer("fla-core naive_attn_decoding", "fla-core", _by_name("fla.ops.attn.naive", "naive_attn_decoding"))
+    elif problem.operator.endswith("_step_"):
+        own = problem.operator.removesuffix("_step_")
+        if own == "simple_gla":
+            yield Peer("transformers Mamba-2 step", "transformers", _mamba2_step)
+        yield Peer("fla-core naive_recurrent", "fla-core", _one_step(own, f"naive_recurrent_{own}", "naive"))
+    elif role == "parallel" and family == "simple_gla":
+        yield Peer("fla-core naive_parallel", "fla-core", _by_name(naive, "naive_parallel_simple_gla"))
+    elif role == "fused_recurrent" and family in ("simple_gla", "linear_attn"):
+        yield Peer("fla-core naive_recurrent", "fla-core", _by_name(naive, f"naive_recurrent_{family}"))
+
+
+def _leaf(x: Tensor, like: Tensor) -> Tensor:
+    """A leaf of its own that has a gradient if ours has."""
+    return x.detach().clone().requires_grad_(like.requires_grad)
+
+
+def _by_name(module: str, function: str, setting: str | None = None) -> Callable[[Inputs, Any], Made]:
+    """A function whose arguments have our names; the variant is its argument `setting`."""
+
+    def make(inputs: Inputs, variant: Any) -> Made:
+        found = getattr(importlib.import_module(module), function, None)
+        if found is None:
+            raise NotImplementedError(f"there is no {function}")
+        taken = inspect.signature(found).parameters
+        given = {name: value for name, value in inputs.items() if name in taken}
+        if setting is not None:
+            given[setting] = variant
+        return lambda: found(**given), [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
+
+    return make
+
+
+def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs, Any], Made]:
+    """A recurrent function asked for a single step: it returns the new state instead of updating one in place."""
+
+    def make(inputs: Inputs, _variant: Any) -> Made:
+        found = getattr(importlib.import_module(".".join(filter(None, ("fla.ops", family, module)))), function)
+        steps = {name: inputs[name].unsqueeze(1) for name in ("q", "k", "v", "s", "g") if name in inputs}
+        states = tuple(inputs[name] for name in ("state", "z", "state_k", "state_v") if name in inputs)
+        settings = {"initial_state": states if len(states) > 1 else states[0], "output_final_state": True}
+        if "z" in inputs:
+            settings["normalize"] = True
+        return lambda: found(**steps, **settings), []
+
+    return make
+
+
+def _softmax(inputs: Inputs, _variant: Any) -> Made:
+    """Causal softmax attention on the same q, k and v."""
+    q, k, v = (_leaf(inputs[name].transpose(1, 2), inputs[name]) for name in ("q", "k", "v"))
+    grouped = q.shape[1] != k.shape[1]
+    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), _trained(q, k, v)
+
+
+def _copy(inputs: Inputs, _variant: Any) -> Made:
+    """A copy of as many bytes as the step must move: a state is read and written, half of a cache as well."""
+    moved = [inputs[name] for name in ("state", "state_k", "state_v") if name in inputs]
+    if not moved:
+        half = inputs["k"].shape[1] // 2
+        moved = [inputs["k"][:, :half], inputs["v"][:, :half]]
+    targets = [torch.empty_like(x) for x in moved]
+
+    def run() -> None:
+        for target, x in zip(targets, moved, strict=True):
+            target.copy_(x)
+
+    return run, []
+
+
+def _trained(*tensors: Tensor) -> list[Tensor]:
+    return [x for x in tensors if x.requires_grad]
+
+
+def _mamba2(inputs: Inputs, chunk_size: int) -> Made:
+    """The chunked scan of the Mamba-2 model: its step is -g, its rate 1, and its values are divided by the step."""
+    import transformers
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    transformers.logging.set_verbosity_error()  # it would say once that its fast path is not installed
+
+    step = _leaf(-inputs["g"], inputs["g"])
+    keys, queries = _leaf(inputs["k"], inputs["k"]), _leaf(inputs["q"] * inputs["q"].shape[-1] ** -0.5, inputs["q"])
+    values = _leaf(inputs["v"] / step.detach()[..., None].to(inputs["v"].dtype), inputs["v"])
+    rate = -torch.ones(values.shape[2], device=values.device)
+
+    def run() -> Any:
+        return mamba2_chunk_scan(values, step, rate, keys, queries, chunk_size=chunk_size)
+
+    return run, _trained(values, step, keys, queries)
+
+
+def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
+    """The decode step of the Mamba-2 model, on a state of its own laid out as it wants it."""
+    import transformers
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
+
+    transformers.logging.set_verbosity_error()
+
+    value_width, key_width = inputs["v"].shape[-1], inputs["q"].shape[-1]
+    step = -inputs["g"][..., None].expand(-1, -1, value_width)[..., 0]
+    rate = -torch.ones(inputs["v"].shape[1], 1, 1, device=step.device)
+    values = inputs["v"] / step[..., None]
+    state = inputs["state"].mT.contiguous()
+    queries = inputs["q"] * key_width**-0.5
+
+    def run() -> Any:
+        return mamba2_selective_state_update(state, values, step[..., None], rate, inputs["k"], queries)
+
+    return run, []
+
+
+class _Ungated:
+    """An output gate that is one."""
+
+    def sigmoid(self) -> _Ungated:
+        return self
+
+    def __mul__(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _minimax(inputs: Inputs, _variant: Any) -> Made:
+    """The block loop of the MiniMax model's lightning attention, without projections, normalisation and gate."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    heads, width = inputs["v"].shape[2:]
+    config = MiniMaxConfig(
+        hidden_size=8,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=width,
+        num_hidden_layers=4,
+        layer_types=["linear_attention"] * 4,
+    )
+    layer = MiniMaxLightningAttention(config, layer_idx=1).to(inputs["v"].device)
+    nothing = torch.nn.Identity()
+    layer.act_fn = layer.qkv_proj = layer.norm = layer.out_proj = nothing
+    layer.output_gate = _Gate()
+    packed = torch.cat([inputs[name].detach() for name in ("q", "k", "v")], -1).flatten(2)
+    packed.requires_grad_(inputs["q"].requires_grad)
+    return lambda: layer(packed, None, None)[0], _trained(packed)
+
+
+class _Gate(torch.nn.Module):
+    def forward(self, _: Tensor) -> Any:
+        return _Ungated()

@@ -1,0 +1,243 @@
+"""What is measured: every public operator, with the sizes and inputs it is measured on.
+
+An operator is found in `fla_ops.ops()`, its family by its name. Decays are those of a freshly initialised Mamba-2: a
+rate of 1 to 16 for each head times a step of 0.001 to 0.1; "strong" problems use those of a plain log-sigmoid gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fla_ops
+
+from . import floors
+from .floors import Sizes, Work
+from .sizes import sizes_for
+
+Inputs = dict[str, Any]
+FORWARD, TRAINING, DECODE = "forward", "training", "decode"
+PREFIXES = ("fused_recurrent", "fused_chunk", "chunk", "parallel")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random tensors of one problem."""
+
+    device: torch.device
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Activations."""
+        return self._random(torch.randn, shape).to(dtype or self.dtype)
+
+    def decay(self, *shape: int, axis: int = 2, strong: bool = False) -> Tensor:
+        """Log decays in float32; `axis` is that of the heads, the last or the one before."""
+        if strong:
+            return torch.nn.functional.logsigmoid(self._random(torch.randn, shape))
+        rate = 1 + 15 * self._random(torch.rand, (shape[axis],))
+        step = 10 ** (-3 + 2 * self._random(torch.rand, shape))
+        return -step * (rate if axis == len(shape) - 1 else rate[:, None])
+
+    def _random(self, kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        return kind(shape, generator=self.generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the operators of one family, or one operator of its own kind, are called."""
+
+    draw: Callable[[Draw, Sizes, bool], Inputs]
+    trained: tuple[str, ...]
+    work: Callable[[Sizes, int], tuple[Work, Work]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One operator at one size."""
+
+    operator: str
+    family: str
+    role: str  # chunk, fused_chunk, fused_recurrent, parallel, auto, or the operator's own name
+    sizes: Sizes = field(hash=False)
+    dtype: torch.dtype = torch.float32
+    strong: bool = False
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is timed: a decode step alone, or forward and forward+backward."""
+        return (FORWARD, TRAINING) if _table(self.operator).trained else (DECODE,)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Arguments that a gradient is taken for."""
+        return _table(self.operator).trained
+
+    def inputs(self, device: torch.device, seed: int = 0, dtype: torch.dtype | None = None) -> Inputs:
+        """Arguments by the schema's names."""
+        draw = Draw(device, dtype or self.dtype, torch.Generator(device).manual_seed(seed))
+        drawn = _table(self.operator).draw(draw, self.sizes, self.strong)
+        taken = {a.name for a in fla_ops.ops()[self.operator].overload._schema.arguments}
+        return {name: value for name, value in drawn.items() if name in taken}
+
+    def work(self, what: str, dtype: torch.dtype | None = None) -> Work:
+        """The least operations and bytes of a pass."""
+        element = torch.empty((), dtype=dtype or self.dtype).element_size()
+        count = floors.quadratic if self.role == "parallel" else _table(self.operator).work
+        forward, backward = count(self.sizes, element)
+        return forward + backward if what == TRAINING else forward
+
+    def label(self, what: str) -> str:
+        """What a row is called, in `--list` and for `--only`."""
+        sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        return f"{self.operator} {what} {sizes} {_short(self.dtype)}{' strong' if self.strong else ''}"
+
+    def resized(self, **sizes: int) -> Problem:
+        """The same call at other sizes."""
+        return replace(self, sizes={**self.sizes, **sizes})
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _linear(draw: Draw, s: Sizes, _strong: bool) -> Inputs:
+    b, t, h = s["B"], s["T"], s["H"]
+    return {
+        "q": draw.normal(b, t, s.get("HK", h), s["K"]),
+        "k": draw.normal(b, t, s.get("HK", h), s["K"]),
+        "v": draw.normal(b, t, h, s["V"]),
+    }
+
+
+def _gated(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    return {**_linear(draw, s, strong), "g": draw.decay(s["B"], s["T"], s["H"], strong=strong)}
+
+
+def _positive(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    """Normalised linear attention wants feature maps that are positive."""
+    inputs = _linear(draw, s, strong)
+    return {name: x.exp() if name != "v" else x for name, x in inputs.items()} | {"normalize": True}
+
+
+def _lightning(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    return {**_linear(draw, s, strong), "layer_idx": 3, "num_layers": 12}
+
+
+def _slots(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    shape = (s["B"], s["T"], s["H"], s["M"])
+    gate = draw.decay(*shape, strong=strong).to(draw.dtype)
+    return {**_linear(draw, s, strong), "s": draw.normal(*shape), "g": gate}
+
+
+def _softmax(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    inputs = _linear(draw, {**s, "HK": s["H"]}, strong)
+    inputs["q"] = draw.normal(s["B"], s["T"], s["HQ"], s["K"])
+    return {**inputs, "g": draw.decay(s["B"], s["T"], s["HQ"], strong=strong)}
+
+
+def _step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    n, h, key, value = s["N"], s["H"], s["K"], s["V"]
+    return {
+        "q": draw.normal(n, h, key),
+        "k": draw.normal(n, h, key),
+        "v": draw.normal(n, h, value),
+        "state": draw.normal(n, h, key, value, dtype=torch.float32),
+        "g": draw.decay(n, h, axis=1, strong=strong),
+    }
+
+
+def _normalised_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    inputs = _step(draw, s, strong)
+    inputs |= {name: inputs[name].exp() for name in ("q", "k")}
+    return {**inputs, "z": draw.normal(s["N"], 1, s["H"], s["K"], dtype=torch.float32).exp()}
+
+
+def _slot_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    n, h, key, value, m = s["N"], s["H"], s["K"], s["V"], s["M"]
+    return {
+        "q": draw.normal(n, h, key),
+        "k": draw.normal(n, h, key),
+        "v": draw.normal(n, h, value),
+        "s": draw.normal(n, h, m),
+        "g": draw.decay(n, h, m, axis=1, strong=strong).to(draw.dtype),
+        "state_k": draw.normal(n, h, key, m, dtype=torch.float32),
+        "state_v": draw.normal(n, h, m, value, dtype=torch.float32),
+    }
+
+
+def _cache_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    n, cached = s["N"], s["N"] * s["T"]
+    return {
+        "q": draw.normal(1, n, s["HQ"], s["K"]),
+        "k": draw.normal(1, cached, s["H"], s["K"]),
+        "v": draw.normal(1, cached, s["H"], s["V"]),
+        "g": draw.decay(1, cached, s["HQ"], strong=strong),
+        "cu_seqlens": torch.arange(0, cached + 1, s["T"], dtype=torch.int32, device=draw.device),
+    }
+
+
+def _normalise(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    inputs = _positive(draw, s, strong)
+    return {"q": inputs["q"], "k": inputs["k"], "o": inputs["v"]}
+
+
+def _ungated(s: Sizes, element: int) -> tuple[Work, Work]:
+    return floors.scalar_decay(s, element, gated=False)
+
+
+TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
+    "simple_gla_step_": Family(_step, (), floors.state_step),
+    "linear_attn_step_": Family(_normalised_step, (), floors.state_step),
+    "gsa_step_": Family(_slot_step, (), floors.state_step),
+    "attn_decoding_one_step": Family(_cache_step, (), floors.cache_step),
+    "normalize_output": Family(_normalise, ("q", "k", "o"), floors.elementwise),
+    "simple_gla": Family(_gated, ("q", "k", "v", "g"), floors.scalar_decay),
+    "linear_attn": Family(_positive, ("q", "k", "v"), _ungated),
+    "lightning_attn": Family(_lightning, ("q", "k", "v"), _ungated),
+    "gsa": Family(_slots, ("q", "k", "v", "s", "g"), floors.slots),
+    "attn": Family(_softmax, ("q", "k", "v", "g"), floors.quadratic),
+}
+FAMILIES = ("simple_gla", "linear_attn", "lightning_attn", "gsa", "attn")
+UNTIMED = {"lightning_decay": "a few numbers per layer, computed once"}
+
+
+def public_operators() -> list[str]:
+    """Operators that a user calls: those with a public function of the same name."""
+    return [name for name in fla_ops.ops() if hasattr(fla_ops, name) and name not in UNTIMED]
+
+
+def family_of(operator: str) -> str:
+    """The family that an operator's name ends in; the operator itself where it is of its own kind."""
+    known = [name for name in TABLE if operator == name or operator.endswith(f"_{name}")]
+    if not known:
+        raise KeyError(f"{operator} has no benchmark problem: add one to benchmarks/problems.py")
+    return max(known, key=len)
+
+
+def role_of(operator: str) -> str:
+    """The form that an operator's name begins with; "auto" for a dispatcher."""
+    found = [prefix for prefix in PREFIXES if operator.startswith(f"{prefix}_")]
+    if found:
+        return found[0]
+    return "auto" if operator in FAMILIES else operator
+
+
+def _table(operator: str) -> Family:
+    return TABLE[family_of(operator)]
+
+
+def problems(device: torch.device, quick: bool = False) -> Iterator[Problem]:
+    """Everything that the command measures, in order."""
+    for operator in sorted(public_operators(), key=lambda name: (FAMILIES + tuple(TABLE)).index(family_of(name))):
+        family, role = family_of(operator), role_of(operator)
+        for sizes in sizes_for(device.type, family, role, quick):
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            yield Problem(operator, family, role, sizes, dtype)
+        if operator == "chunk_simple_gla" and not quick:
+            yield Problem(operator, family, role, sizes_for(device.type, family, role)[0], dtype, strong=True)

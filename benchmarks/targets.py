@@ -1,0 +1,78 @@
+"""What the project set itself, checked against one run's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .problems import DECODE, FORWARD, TRAINING
+
+Row = dict[str, Any]
+CHUNK = "chunk_simple_gla"
+STEP = "simple_gla_step_"
+EAGER = "fla_ops eager"
+NAIVE, MAMBA = "fla-core naive_chunk", "transformers Mamba-2"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that must reach a bound; `find` gives None where the run did not measure it."""
+
+    text: str
+    bound: float
+    find: Callable[[Sequence[Row]], float | None]
+
+
+def _row(rows: Sequence[Row], operator: str, what: str, who: str) -> Row | None:
+    """The first row of this name at the usual decay."""
+    return next(
+        (r for r in rows if (r["operator"], r["pass"], r["who"]) == (operator, what, who) and not r["strong"]), None
+    )
+
+
+def _faster_than(what: str, peer: str, operator: str = CHUNK) -> Callable[[Sequence[Row]], float | None]:
+    def find(rows: Sequence[Row]) -> float | None:
+        row = _row(rows, operator, what, EAGER)
+        if row is None:
+            return None
+        return next((ratio for name, ratio in row["faster_than"].items() if name.startswith(peer)), None)
+
+    return find
+
+
+def _of_product(rows: Sequence[Row]) -> float | None:
+    found = [_row(rows, CHUNK, FORWARD, f"fla_ops {how}") for how in ("compiled", "inlined")]
+    return max((r["of_product"] for r in found if r is not None), default=None)
+
+
+def _half(rows: Sequence[Row]) -> float | None:
+    whole, half = (_row(rows, CHUNK, FORWARD, name) for name in (EAGER, f"{EAGER} bfloat16"))
+    return whole["median_ms"] / half["median_ms"] if whole and half else None
+
+
+CPU = (
+    Target("chunk forward, times faster than fla-core naive_chunk", 2.0, _faster_than(FORWARD, NAIVE)),
+    Target("chunk forward+backward, likewise", 6.0, _faster_than(TRAINING, NAIVE)),
+    Target("chunk forward, times faster than transformers' Mamba-2", 2.5, _faster_than(FORWARD, MAMBA)),
+    Target("chunk forward+backward, likewise", 2.0, _faster_than(TRAINING, MAMBA)),
+    Target("chunk forward compiled, share of a matrix product's rate", 0.30, _of_product),
+    Target("decode step, speed relative to a copy of the state", 0.90, _faster_than(DECODE, "copy of the state", STEP)),
+    Target("chunk forward in bfloat16, speed relative to float32", 1.0, _half),
+)
+
+
+def check(rows: Sequence[Row], device: str, quick: bool) -> list[dict[str, Any]]:
+    """The targets that this run measured: the CPU's, at full size."""
+    if device != "cpu" or quick:
+        return []
+    found = [{"target": t.text, "bound": t.bound, "measured": t.find(rows)} for t in CPU]
+    return [{**t, "met": t["measured"] >= t["bound"]} for t in found if t["measured"] is not None]
+
+
+def lines(targets: Sequence[dict[str, Any]]) -> str:
+    """One line for each target."""
+    return "\n".join(
+        f"  {'met    ' if t['met'] else 'NOT MET'}  {t['target']}: {t['measured']:.2f} (target {t['bound']:.2f})"
+        for t in targets
+    )
