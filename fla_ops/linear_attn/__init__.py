@@ -1,0 +1,1 @@
+"""Linear attention without decay, optionally normalised by the running sum of its keys."""
