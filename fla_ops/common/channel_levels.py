@@ -26,6 +26,19 @@ def load_log_decays(g, first, steps, column, H: tl.constexpr, M: tl.constexpr, B
 
 
 @triton.jit
+def from_start(g, first, steps, column, H: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
+    """The decay from the chunk's start to each step, [BT, BM]."""
+    return tl.exp2(tl.cumsum(load_log_decays(g, first, steps, column, H, M, BT, BM), 0))
+
+
+@triton.jit
+def to_end(g, first, steps, column, H: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
+    """The decay from each step to the chunk's end, [BT, BM]: that of the steps after it."""
+    rest = load_log_decays(g, first + 1, tl.minimum(steps, BT) - 1, column, H, M, BT, BM)
+    return tl.exp2(tl.cumsum(rest, 0, reverse=True))
+
+
+@triton.jit
 def later(HALF: tl.constexpr, BT: tl.constexpr):
     """Which steps lie in the later of two halves, [BT, 1]."""
     return (tl.arange(0, BT)[:, None] // HALF) % 2 == 1
@@ -73,7 +86,7 @@ def contract_levels(
     BT: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """sum_m readers_im exp(P_im - P_jm) writers_jm for each step i and the steps j it sees, [BT, BT]; then prefix and suffix of the chunk."""
+    """sum_m readers_im exp(P_im - P_jm) writers_jm for each step i and the steps j it sees, [BT, BT]."""
     i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
     product = tl.where(i == j, tl.sum(readers * writers, 1)[:, None], 0.0)
     prefix, suffix = log_decay, tl.zeros([BT, BM], tl.float32)
@@ -81,8 +94,9 @@ def contract_levels(
         factor = tl.exp2(tl.where(later(1 << level, BT), prefix, suffix))
         block = dot(readers * factor, tl.trans(writers * factor), PRECISION)
         product += tl.where(meeting(1 << level, BT, REVERSE), block, 0.0)
-        prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
-    return product, prefix, suffix
+        if level + 1 < LEVELS:
+            prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
+    return product
 
 
 @triton.jit
@@ -91,15 +105,16 @@ def spread_levels(
     BT: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """sum_j scores_ij exp(P_im - P_jm) writers_jm over the steps j that i sees but itself, [BT, BM]; then prefix and suffix of the chunk."""
+    """sum_j scores_ij exp(P_im - P_jm) writers_jm over the steps j that i sees but itself, [BT, BM]."""
     spread = tl.zeros([BT, BM], tl.float32)
     prefix, suffix = log_decay, tl.zeros([BT, BM], tl.float32)
     for level in tl.static_range(LEVELS):
         factor = tl.exp2(tl.where(later(1 << level, BT), prefix, suffix))
         met = tl.where(meeting(1 << level, BT, REVERSE), scores, 0.0)
         spread += factor * dot(met, writers * factor, PRECISION)
-        prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
-    return spread, prefix, suffix
+        if level + 1 < LEVELS:
+            prefix, suffix = grow(log_decay, prefix, suffix, 1 << level, BT, BM)
+    return spread
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.channel_levels import contract_levels, diagonal, load_log_decays, spread_levels
+from fla_ops.common.channel_levels import contract_levels, diagonal, from_start, load_log_decays, spread_levels, to_end
 from fla_ops.common.chunk_index import ChunkIndex, locate_chunk
 from fla_ops.common.tiles import dot, load_rows, split_program, state_tile, store_rows
 
@@ -77,28 +77,10 @@ def channel_spread_kernel(
         tl.store(own + (first + t) * HA + head, diagonal(scores, BT) * scale, mask=t < steps)
     log_decay = load_log_decays(g + source * M, first, steps, slot, H, M, BT, BM)
     writers = load_rows(w + source * M, first, steps, slot, H, M, BT, BM).to(tl.float32)
-    read, prefix, _ = spread_levels(scores, writers, log_decay, BT, BM, LEVELS, False, PRECISION)
+    read = spread_levels(scores, writers, log_decay, BT, BM, LEVELS, False, PRECISION)
     outer = across_chunks(a, states, row * H + source, first, steps, slot, HA, U, M, BT, BU, BM, TRANSPOSED, PRECISION)
-    store_rows(y + head * M, (read + tl.exp2(prefix) * outer) * scale, first, steps, slot, HA, M, BT, BM)
-
-
-@triton.jit
-def softmax_parts(
-    earlier, own, s,                        # at one head of [time, HR, M], [time, HR], [time, H, M]
-    first, steps,
-    H: tl.constexpr, HR: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
-):
-    """Scores of a step with itself, and the running maximum and sum of the softmax over all slots, [BT] each."""
-    t = tl.arange(0, BT)
-    self = tl.load(own + (first + t) * HR, mask=t < steps, other=0.0)
-    largest = tl.full([BT], float("-inf"), tl.float32)
-    total = tl.zeros([BT], tl.float32)
-    for slot in range(0, M, BM):
-        x = softmax_argument(earlier, s, self, first, steps, slot, H, HR, M, BT, BM)
-        larger = tl.maximum(largest, tl.max(x, 1))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger[:, None]), 1)
-        largest = larger
-    return self, largest, total
+    read += outer * from_start(g + source * M, first, steps, slot, H, M, BT, BM)
+    store_rows(y + head * M, read * scale, first, steps, slot, HA, M, BT, BM)
 
 
 @triton.jit
@@ -114,33 +96,39 @@ def softmax_argument(
 
 
 @triton.jit
-def contract_scores(
-    r, own, w, g, states,                   # at one head of [time, HR, M], [time, HR], [time, HW, M], [time, H, M]; [rows, H, U, M]
-    matrix, first, steps, width, outside,   # whether to read the state too
-    H: tl.constexpr, HR: tl.constexpr, HW: tl.constexpr, U: tl.constexpr, M: tl.constexpr,
-    BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
-    SOFTMAX: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+def softmax_parts(
+    earlier, own, s,                        # at one head of [time, HR, M], [time, HR], [time, H, M]
+    first, steps,
+    H: tl.constexpr, HR: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, SOFTMAX: tl.constexpr,
 ):
-    """sum_m r_im W_ijm w_jm, [BT, BT], and X (exp(P_i) r_i), [BT, BU]."""
-    scores = tl.zeros([BT, BT], tl.float32)
-    outer = tl.zeros([BT, BU], tl.float32)
+    """The weight of each step's own slots, and the logarithm of the softmax's denominator, [BT] each; zeros if there is no softmax."""
+    self = tl.zeros([BT], tl.float32)
+    log_total = tl.zeros([BT], tl.float32)
     if SOFTMAX:
-        self, largest, total = softmax_parts(r, own, w, first, steps, HW, HR, M, BT, BM)
-    for slot in range(0, M, BM):
-        if SOFTMAX:
-            x = softmax_argument(r, w, self, first, steps, slot, HW, HR, M, BT, BM)
-            readers = tl.exp(x - largest[:, None]) / total[:, None]
-        else:
-            readers = load_rows(r, first, steps, slot, HR, M, BT, BM).to(tl.float32)
-        writers = load_rows(w, first, steps, slot, HW, M, BT, BM).to(tl.float32)
-        log_decay = load_log_decays(g, first, steps, slot, H, M, BT, BM)
-        product, prefix, suffix = contract_levels(readers, writers, log_decay, BT, BM, LEVELS, REVERSE, PRECISION)
-        scores += product
-        if outside:
-            at, inside = state_tile(matrix, width, slot, U, M, BU, BM, TRANSPOSED)
-            state = tl.load(states + at, mask=inside, other=0.0)
-            outer += dot(readers * tl.exp2(suffix if REVERSE else prefix), tl.trans(state), PRECISION)
-    return scores, outer
+        t = tl.arange(0, BT)
+        self = tl.load(own + (first + t) * HR, mask=t < steps, other=0.0)
+        largest = tl.full([BT], float("-inf"), tl.float32)
+        for slot in range(0, M, BM):
+            x = softmax_argument(earlier, s, self, first, steps, slot, H, HR, M, BT, BM)
+            larger = tl.maximum(largest, tl.max(x, 1))
+            log_total = log_total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger[:, None]), 1)
+            largest = larger
+        log_total = largest + tl.log(log_total)
+    return self, log_total
+
+
+@triton.jit
+def load_readers(
+    r, w, self, log_total,                  # at one head of [time, HR, M], [time, HW, M]; [BT] x 2
+    first, steps, slot,
+    HR: tl.constexpr, HW: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, SOFTMAX: tl.constexpr,
+):
+    """r as it is or its softmax, [BT, BM], float32."""
+    if SOFTMAX:
+        readers = tl.exp(softmax_argument(r, w, self, first, steps, slot, HW, HR, M, BT, BM) - log_total[:, None])
+    else:
+        readers = load_rows(r, first, steps, slot, HR, M, BT, BM).to(tl.float32)
+    return readers
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -153,7 +141,7 @@ def channel_contract_kernel(
     BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
     SOFTMAX: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """HR = H * READERS, HW = H * WRITERS; one of the two is a group. SOFTMAX: r is what earlier steps add to the softmax's argument."""
+    """HR = H * READERS, HW = H * WRITERS; one of the two is a group. SOFTMAX: r is what earlier steps add to its argument."""
     HR: tl.constexpr = H * READERS
     HW: tl.constexpr = H * WRITERS
     row, head, block = split_program((U + BU - 1) // BU, HR)
@@ -163,18 +151,28 @@ def channel_contract_kernel(
         return
     source = head // READERS
     r += head * M
+    g += source * M
     u += source * (WRITERS * U)
     w += source * (WRITERS * M)
-    if SOFTMAX:
-        own += head
+    self, log_total = softmax_parts(r, None if own is None else own + head, w, first, steps, HW, HR, M, BT, BM, SOFTMAX)
     out = tl.zeros([BT, BU], tl.float32)
+    for slot in range(0, M, BM):
+        readers = load_readers(r, w, self, log_total, first, steps, slot, HR, HW, M, BT, BM, SOFTMAX)
+        if REVERSE:
+            readers *= to_end(g, first, steps, slot, H, M, BT, BM)
+        else:
+            readers *= from_start(g, first, steps, slot, H, M, BT, BM)
+        at, inside = state_tile(row * H + source, width, slot, U, M, BU, BM, TRANSPOSED)
+        out += dot(readers, tl.trans(tl.load(states + at, mask=inside, other=0.0)), PRECISION)
     for j in range(WRITERS):
-        scores, outer = contract_scores(
-            r, own, w + j * M, g + source * M, states, row * H + source, first, steps, width, j == 0,
-            H, HR, HW, U, M, BT, BU, BM, LEVELS, SOFTMAX, REVERSE, TRANSPOSED, PRECISION,
-        )
+        scores = tl.zeros([BT, BT], tl.float32)
+        for slot in range(0, M, BM):
+            readers = load_readers(r, w, self, log_total, first, steps, slot, HR, HW, M, BT, BM, SOFTMAX)
+            writers = load_rows(w + j * M, first, steps, slot, HW, M, BT, BM).to(tl.float32)
+            log_decay = load_log_decays(g, first, steps, slot, H, M, BT, BM)
+            scores += contract_levels(readers, writers, log_decay, BT, BM, LEVELS, REVERSE, PRECISION)
         values = load_rows(u + j * U, first, steps, width, HW, U, BT, BU)
-        out += outer + dot(scores, values.to(tl.float32), PRECISION)
+        out += dot(scores, values.to(tl.float32), PRECISION)
     store_rows(y + head * U, out, first, steps, width, HR, U, BT, BU)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.channel_levels import load_log_decays
+from fla_ops.common.channel_levels import from_start, load_log_decays, to_end
 from fla_ops.common.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.tiles import dot, load_rows, split_program, state_tile
 
@@ -52,11 +52,9 @@ def channel_state_kernel(
             tl.store(states + into, state, mask=kept)
         log_decay = load_log_decays(g, first, steps, slot, H, M, BT, BM)
         if REVERSE:
-            edge = tl.cumsum(log_decay, 0)
-        else:  # the decay after step j is that of the steps from j + 1
-            rest = load_log_decays(g, first + 1, tl.minimum(steps, BT) - 1, slot, H, M, BT, BM)
-            edge = tl.cumsum(rest, 0, reverse=True)
-        edge = tl.exp2(edge)
+            edge = from_start(g, first, steps, slot, H, M, BT, BM)
+        else:
+            edge = to_end(g, first, steps, slot, H, M, BT, BM)
         state *= tl.exp2(tl.sum(log_decay, 0))[None, :]
         for j in range(GROUP):
             rows = load_rows(u + j * U, first, steps, width, H * GROUP, U, BT, BU).to(tl.float32)

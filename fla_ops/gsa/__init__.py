@@ -1,0 +1,1 @@
+"""Gated slot attention: two gated linear recurrences over M slots with a softmax between them."""
