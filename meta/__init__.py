@@ -1,5 +1,5 @@
 """Fake implementations: what every operator returns, as shapes and dtypes, and what it refuses."""
 
-from . import simple_gla
+from . import attn, gsa, linear_attn, simple_gla
 
-__all__ = ["simple_gla"]
+__all__ = ["attn", "gsa", "linear_attn", "simple_gla"]

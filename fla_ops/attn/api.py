@@ -1,0 +1,131 @@
+"""Public functions of attn: softmax attention with decay, a window and sinks.
+
+    x_ij = scale q_i.k_j + G_i - G_j          for i - window_size < j <= i,  G the running sum of g
+    o_i  = sum_j exp(x_ij) v_j / (sum_j exp(x_ij) + exp(sink_bias))
+
+The decay is that of the Forgetting Transformer (arXiv 2503.02130), sinks are those of gpt-oss (arXiv 2508.10925), and
+the kernels follow FlashAttention-2 (arXiv 2307.08691). This folder's README.md derives them.
+
+Arguments that the functions share:
+
+- q: [B, T, HQ, K]. k: [B, T, H, K]. v: [B, T, H, V]. HQ is a multiple of H: each key/value head serves HQ // H query
+  heads. One floating dtype for all three.
+- g: [B, T, HQ], the natural logarithm of the decay on entering a step, usually <= 0; any floating dtype. At or below
+  -5000 (-inf included) a step forgets all that was before it. None means no decay.
+- scale: factor on q . k; None means K ** -0.5.
+- window_size: how many keys a row sees, its own included; at least 1. None means all.
+- cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never
+  falls; a sequence may be empty.
+- sink_bias: [HQ], the logarithm of one more term in the denominator; any floating dtype. None means there is none.
+
+Every function raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype. Forward-mode AD and
+double backward raise NotImplementedError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import forms
+
+
+def parallel_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    *,
+    sink_bias: Tensor | None = None,
+) -> Tensor:
+    """Every row against the keys up to its own, without a T x T matrix. For training and prefill.
+
+    `torch.ops.fla.parallel_attn_forward` also returns the logarithm of each row's denominator, [B, T, HQ], with a
+    gradient.
+
+    Args: q, k, v, g, scale, window_size, cu_seqlens, sink_bias: see the module's docstring. chunk_indices: [chunks,
+        2], integers. Accepted for compatibility, beside cu_seqlens; its values are not read, because where the blocks
+        of packed sequences lie is found on the device.
+
+    Returns:
+        o [B, T, HQ, V] in q's dtype. Gradients flow to q, k, v, g and sink_bias.
+    """
+    o: Tensor = torch.ops.fla.parallel_attn(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias)
+    return o
+
+
+def attn_decoding_one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    do_gate_scale: bool = False,
+    *,
+    sink_bias: Tensor | None = None,
+    window_size: int | None = None,
+) -> Tensor:
+    """One query for each packed sequence, against its cache: the row that parallel_attn would give for the last step.
+
+    Args: q: [1, N, HQ, K]. k: [1, T, H, K]. v: [1, T, H, V]. g: [1, T, HQ]. scale, sink_bias, window_size: see the
+        module's docstring; only keys inside the window are read. cu_seqlens: [N + 1], required: steps cu_seqlens[n] to
+        cu_seqlens[n + 1] of k, v and g are the cache of sequence n, its newest step included. do_gate_scale: multiply
+        g by scale first.
+
+    Returns:
+        o [1, N, HQ, V] in q's dtype, zeros for an empty cache.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    if cu_seqlens is None:
+        raise ValueError(
+            "attn_decoding_one_step needs cu_seqlens: the offsets [N + 1] of the caches packed into k and v"
+        )
+    o: Tensor = torch.ops.fla.attn_decoding_one_step(
+        q, k, v, g, scale, cu_seqlens, do_gate_scale, sink_bias, window_size
+    )
+    return o
+
+
+def attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+    do_gate_scale: bool = False,
+    *,
+    sink_bias: Tensor | None = None,
+    mode: str = "auto",
+) -> Tensor:
+    """parallel_attn where q and k have the same steps, attn_decoding_one_step where q has one for each sequence.
+
+    `fla_ops.explain(fla_ops.attn, ...)` says which, and why not the other.
+
+    Args:
+        q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, do_gate_scale, sink_bias: as for the forms.
+        mode: "auto", "parallel" or "decoding". A named form is used or refused.
+
+    Returns:
+        o [B, T, HQ, V] or [1, N, HQ, V] in q's dtype.
+
+    Raises:
+        ValueError: if mode is no form.
+        NotImplementedError: if the named form cannot serve the call, with its reasons.
+    """
+    o: Tensor = torch.ops.fla.attn(
+        q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, do_gate_scale, sink_bias, mode
+    )
+    return o
+
+
+attn.choose = forms.choose  # type: ignore[attr-defined]

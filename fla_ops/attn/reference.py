@@ -1,0 +1,84 @@
+"""The definition of attn: softmax attention with decay, row by row. Slow, plain, differentiable by autograd."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    window_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_ij = scale q_i.k_j + g_{j+1} + ... + g_i for i - window_size < j <= i in one sequence.
+
+    o_i = sum_j exp(x_ij) v_j / z_i with z_i = sum_j exp(x_ij) + exp(sink_bias); returns o [B, T, HQ, V] and log z [B,
+    T, HQ].
+    """
+    batch, time, heads, key_width = q.shape
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    if cu_seqlens is not None:
+        offsets = cu_seqlens.tolist()
+        pieces = []
+        for start, end in pairwise(offsets):
+            piece = [None if x is None else x[:, start:end] for x in (q, k, v, g)]
+            pieces.append(parallel(*piece, scale, window_size, None, sink_bias))
+        outputs, sums = zip(*pieces, strict=True)
+        return torch.cat(outputs, 1), torch.cat(sums, 1)
+
+    scale = key_width**-0.5 if scale is None else scale
+    group = heads // k.shape[2]
+    queries = q.to(dtype)
+    keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
+    sink = torch.full((heads,), float("-inf"), dtype=dtype, device=q.device)
+    if sink_bias is not None:
+        sink = sink_bias.to(dtype)
+    outputs = [values.new_zeros(batch, 0, heads, v.shape[3])]
+    sums = [values.new_zeros(batch, 0, heads)]
+    for i in range(time):
+        first = 0 if window_size is None else max(0, i - window_size + 1)
+        x = scale * (queries[:, i, None] * keys[:, first : i + 1]).sum(-1)  # [B, j, HQ]
+        if g is not None:
+            since = [g[:, j + 1 : i + 1].to(dtype).sum(1) for j in range(first, i + 1)]
+            x = x + torch.stack(since, 1)
+        x = torch.cat([x, sink.expand(batch, 1, heads)], 1)
+        weights = torch.softmax(x, 1)[:, :-1]
+        outputs.append((weights[..., None] * values[:, first : i + 1]).sum(1, keepdim=True))
+        sums.append(torch.logsumexp(x, 1, keepdim=True))
+    return torch.cat(outputs, 1).to(q.dtype), torch.cat(sums, 1)
+
+
+def one_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    cu_seqlens: Tensor,
+    do_gate_scale: bool = False,
+    sink_bias: Tensor | None = None,
+    window_size: int | None = None,
+) -> Tensor:
+    """What the last row of each packed sequence would be with its query in q [1, N, HQ, K]; zeros where it is empty."""
+    heads, value_width = q.shape[2], v.shape[3]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    g = g * scale if g is not None and do_gate_scale else g
+    outputs = [q.new_zeros(1, 0, heads, value_width)]
+    offsets = cu_seqlens.tolist()
+    for n, (start, end) in enumerate(pairwise(offsets)):
+        if start == end:
+            outputs.append(q.new_zeros(1, 1, heads, value_width))
+            continue
+        queries = torch.cat([q.new_zeros(1, end - start - 1, heads, q.shape[3]), q[:, n : n + 1]], 1)
+        piece = [None if x is None else x[:, start:end] for x in (k, v, g)]
+        o, _ = parallel(queries, *piece, scale, window_size, None, sink_bias)
+        outputs.append(o[:, -1:])
+    return torch.cat(outputs, 1)
