@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def package_prefill(model: nn.Module, path: Path) -> torch.export.ExportedProgra
     example = torch.zeros(2, 128, dtype=torch.int64, device=next(model.parameters()).device)
     sizes = {0: Dim("batch", min=1, max=4096), 1: Dim("time", min=1, max=1 << 20)}
     program = torch.export.export(model, (example,), dynamic_shapes={"tokens": sizes})
-    with fla_ops.inlining():
+    with fla_ops.inlining(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)  # PyTorch about a copy it makes
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     return program
 

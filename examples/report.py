@@ -35,7 +35,7 @@ def draw_losses(losses: Sequence[float], reach: dict[str, float], path: Path) ->
     plt.close(figure)
 
 
-def _smoothed(losses: Sequence[float], memory: float = 0.98) -> list[float]:
+def _smoothed(losses: Sequence[float], memory: float = 0.9) -> list[float]:
     """An exponential average that starts without a bias to zero."""
     smooth, total, weight = [], 0.0, 0.0
     for loss in losses:

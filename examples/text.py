@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -92,16 +93,26 @@ def baselines(text: Text) -> dict[str, float]:
     jobs = [held_out]
     if len(train) + len(held_out) <= LARGEST_CONTEXT:
         jobs += [train, train + held_out]
+    stop = Event()
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(_xz, jobs))
+        try:
+            sizes = list(pool.map(lambda content: _xz(content, stop), jobs))
+        finally:
+            stop.set()  # an interrupt does not wait for the rest
     reach["xz"] = 8 * sizes[0] / len(held_out)
     if len(jobs) > 1:
         reach["xz, after the training text"] = 8 * (sizes[2] - sizes[1]) / len(held_out)
     return reach
 
 
-def _xz(content: bytes) -> int:
-    return len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+def _xz(content: bytes, stop: Event, piece: int = 1 << 18) -> int:
+    """The compressed size."""
+    compressor, size = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME), 0
+    for start in range(0, len(content), piece):
+        if stop.is_set():
+            break
+        size += len(compressor.compress(content[start : start + piece]))
+    return size + len(compressor.flush())
 
 
 def _count_models(text: Text, weight: float = 8.0) -> dict[str, float]:

@@ -186,14 +186,17 @@ def _train(run: Run, path: Path, interrupts: Interrupts, minutes: float) -> Comp
         with autocast:
             return cross_entropy(run.model, tokens)
 
+    if device.type == "cpu":  # two runs give the same weights: the embedding's gradient is not summed by atomics
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     compiled = torch.compile(loss_of, fullgraph=True)
     seconds = _compile(compiled, run, random_windows(text, c.batch, c.time, c.seed))
-    started, saved = time.monotonic() - run.seconds, time.monotonic()
+    begun = saved = time.monotonic()
+    before = run.seconds
     with tqdm(total=c.steps, initial=run.step, unit="step", mininterval=1 if sys.stderr.isatty() else 15) as bar:
         while not run.finished:
-            progress = max(run.step / c.steps, run.seconds / (60 * minutes))
             for group in run.optimizer.param_groups:
-                group["lr"] = c.learning_rate * min(1, (run.step + 1) / c.warm_up) * _cosine(progress)
+                group["lr"] = c.learning_rate * _schedule(run, minutes)
             loss = compiled(random_windows(text, c.batch, c.time, c.seed * 1_000_003 + run.step))
             run.optimizer.zero_grad()
             loss.backward()
@@ -202,12 +205,13 @@ def _train(run: Run, path: Path, interrupts: Interrupts, minutes: float) -> Comp
                 run.optimizer.step()
                 run.losses.append(loss.item() * BITS)
                 run.step += 1
-                run.seconds = time.monotonic() - started
+                run.seconds = before + time.monotonic() - begun
                 run.finished = run.step >= c.steps or run.seconds >= 60 * minutes
                 if time.monotonic() - saved > 30:
                     run.save(path)
                     saved = time.monotonic()
-            speed, recent = (bar.format_dict["rate"] or 0) * c.batch * c.time, run.losses[-20:]
+            speed = (run.step - bar.initial) * c.batch * c.time / (time.monotonic() - begun)
+            recent = run.losses[-20:]
             bar.set_postfix_str(f"{sum(recent) / len(recent):.3f} bits/byte, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
     return _compilation(seconds)
@@ -229,6 +233,13 @@ def _compilation(seconds: float) -> Compilation:
     return Compilation(seconds, graphs, sum(counters["graph_break"].values()), graphs - 1)
 
 
-def _cosine(progress: float) -> float:
-    """From 1 to 0.05 of the learning rate."""
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+def _schedule(run: Run, minutes: float) -> float:
+    """The factor of the learning rate: a warm-up, then half a cosine from 1 to 0.05.
+
+    It follows the steps, or the clock where that will end the run first. The clock's first tenth does not count: a slow
+    start changes nothing.
+    """
+    clock = (run.seconds / (60 * minutes) - 0.1) / 0.9
+    progress = min(max(run.step / run.config.steps, clock), 1.0)
+    warm_up = min((run.step + 1) / run.config.warm_up, 1.0)
+    return warm_up * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
