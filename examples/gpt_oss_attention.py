@@ -40,19 +40,15 @@ def attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, HQ, Q, K], key and value [B, H, T, K] to [B, Q, HQ, K]: all steps, or the newest one against a cache."""
+    """query [B, HQ, Q, K], key and value [B, H, T, K] to [B, Q, HQ, K]: all steps, or the newest against a cache."""
     if attention_mask is not None or dropout:
-        raise NotImplementedError(
-            "only causal masks and windows are supported, and no dropout: pack padded sequences"
-        )
+        raise NotImplementedError("only causal masks and windows are supported, no dropout: pack padded sequences")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     batch, steps = q.shape[:2]
     if steps == k.shape[1]:
         return fla_ops.parallel_attn(q, k, v, scale=scaling, window_size=sliding_window, sink_bias=s_aux), None
     if steps > 1:
-        raise NotImplementedError(
-            "a prompt in pieces is not supported: all steps need queries, or the newest alone"
-        )
+        raise NotImplementedError("a prompt in pieces is not supported: all steps need queries, or the newest alone")
     offsets = k.shape[1] * torch.arange(batch + 1, device=q.device)
     caches = (x.flatten(0, 1).unsqueeze(0) for x in (k, v))
     o = fla_ops.attn_decoding_one_step(

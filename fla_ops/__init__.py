@@ -6,6 +6,7 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
     fused_chunk_lightning_attn,
@@ -21,7 +22,6 @@ from fla_ops.linear_attn.api import (
     linear_attn_step_,
     normalize_output,
 )
-from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_step_
 from fla_ops.registrations._inline import inlining
 from fla_ops.registrations._op import OPERATORS, Operator
 from fla_ops.simple_gla.api import (
@@ -45,17 +45,17 @@ __all__ = [
     "Operator",
     "attn",
     "attn_decoding_one_step",
+    "chunk_gsa",
     "chunk_lightning_attn",
     "chunk_linear_attn",
-    "chunk_gsa",
     "chunk_simple_gla",
     "explain",
     "fused_chunk_lightning_attn",
     "fused_chunk_linear_attn",
     "fused_chunk_simple_gla",
+    "fused_recurrent_gsa",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
-    "fused_recurrent_gsa",
     "fused_recurrent_simple_gla",
     "gsa",
     "gsa_step_",

@@ -21,7 +21,8 @@ def _outputs(
         return o, None, None
     lead = (q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, v.shape[2])
     widths = (q.shape[3], s.shape[3], v.shape[3])
-    return o, *(v.new_empty((*lead, *widths[i : i + 2]), dtype=state_dtype(v)) for i in (0, 1))
+    state_k, state_v = (v.new_empty((*lead, *widths[i : i + 2]), dtype=state_dtype(v)) for i in (0, 1))
+    return o, state_k, state_v
 
 
 def chunk_forward(

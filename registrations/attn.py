@@ -28,17 +28,18 @@ def _pairs(time: int, window_size: int | None) -> int:
 
 
 def _visible(q: Any, window_size: int | None, cu_seqlens: Any) -> int:
-    """Visible pairs over all query heads; packed sequences, whose lengths a formula cannot see, count as equally long."""
+    """Visible pairs over all query heads; packed sequences, whose lengths are not seen here, count as equally long."""
     batch, time, heads, _ = q
     sequences = 1 if cu_seqlens is None else cu_seqlens[0] - 1
     return int(batch * heads * sequences * _pairs(time // sequences, window_size))
 
 
 def _forward_flops(
-    q: Any, k: Any, v: Any, g: Any = None, scale: Any = None, window_size: Any = None, cu_seqlens: Any = None, *_: Any, **__: Any
+    q: Any, k: Any, v: Any, g: Any = None, scale: Any = None, window_size: Any = None, cu_seqlens: Any = None,
+    *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores and their product with v, over the pairs that the window shows."""
-    return _visible(q, window_size, cu_seqlens) * 2 * (q[3] + v[3])
+    return int(_visible(q, window_size, cu_seqlens) * 2 * (q[3] + v[3]))
 
 
 def _backward_flops(
@@ -46,7 +47,7 @@ def _backward_flops(
     scale: Any, window_size: Any, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores, dq and dk over K; the scores' gradient and dv over V."""
-    return _visible(q, window_size, cu_seqlens) * 2 * (3 * q[3] + 2 * v[3])
+    return int(_visible(q, window_size, cu_seqlens) * 2 * (3 * q[3] + 2 * v[3]))
 
 
 def _decoding_flops(

@@ -54,7 +54,7 @@ def _recurrent_backward_flops(q: Any, k: Any, v: Any, s: Any, *_: Any, **__: Any
 
 
 def _step_flops(q: Any, k: Any, v: Any, s: Any, *_: Any, **__: Any) -> int:
-    return (2 * q[0] * q[1] + 3 * v[0] * v[1]) * s[2] * (q[2] + v[2])
+    return int((2 * q[0] * q[1] + 3 * v[0] * v[1]) * s[2] * (q[2] + v[2]))
 
 
 def _output_gradient(do: Tensor | None, q: Tensor, v: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,18 @@ from fla_ops.meta import linear_attn as fake
 from ._op import register, register_composite
 
 CONTIGUOUS = (torch.Tag.needs_contiguous_strides,)
+
+
+def _flops(q: Any, k: Any, o: Any, *_: Any, **__: Any) -> int:
+    """Sum, product and quotient, of one step or of all: they are far fewer than the numerator's."""
+    rows: int = math.prod(o[:-1])
+    return rows * (3 * int(q[-1]) + int(o[-1]))
+
+
+def _backward_flops(q: Any, k: Any, o: Any, *_: Any, **__: Any) -> int:
+    """The denominator again, its gradient, and two running sums."""
+    rows: int = math.prod(o[:-1])
+    return rows * (7 * int(q[-1]) + 3 * int(o[-1]))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -44,6 +57,7 @@ register(
     setup_context=_keep,
     backward=_gradient,
     cast=("q", "k", "o"),
+    flops=_flops,
     inline={"cpu": "fla_ops.linear_attn.traced:forward", "cuda": "fla_ops.linear_attn.normalize:forward"},
     tags=CONTIGUOUS,
 )
@@ -54,6 +68,7 @@ register(
     cpu="fla_ops.linear_attn.aten:backward",
     cuda="fla_ops.linear_attn.normalize:backward",
     fake=fake.normalize_backward,
+    flops=_backward_flops,
     inline={"cpu": "fla_ops.linear_attn.traced:backward", "cuda": "fla_ops.linear_attn.normalize:backward"},
     tags=CONTIGUOUS,
 )
@@ -64,6 +79,7 @@ register(
     cuda="fla_ops.linear_attn.normalize:step",
     fake=fake.normalize_step,
     cast=("q", "k", "o"),
+    flops=_flops,
 )
 
 START = "Tensor q, Tensor k, Tensor v, float? scale=None, Tensor? initial_state=None, Tensor? initial_z=None"

@@ -128,3 +128,27 @@ def private_cache() -> Iterator[None]:
     """Compile afresh: a cached result would hide what the installed compiler does."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
         yield
+
+
+class _NoDevice:
+    """A Triton driver with a target and no device: kernels can be lowered, launching one fails."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no GPU here: the driver has no {name}")
+
+
+@contextmanager
+def stub_driver(target: str = "sm_90") -> Iterator[None]:
+    """Let PyTorch trace launches for a target without a GPU of that kind."""
+    driver = triton.runtime.driver
+    with mock.patch.object(driver, "_active", _NoDevice(TARGETS[target])):
+        yield

@@ -178,7 +178,7 @@ STEP_SIZES = {"H": 3, "HQ": 6, "K": 10, "V": 7, **CACHES}
 def step_inputs(
     draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), wide: bool = True, **arguments: Any
 ) -> Inputs:
-    """One query for each cache, the caches (a size "N" says how many times over), and the optional tensors in `given`."""
+    """One query for each cache, the caches (size "N" says how many times over), and the optional tensors in `given`."""
     heads, query_heads, key, value = (sizes[letter] for letter in ("H", "HQ", "K", "V"))
     offsets, beside = [0], draw.wide if wide else draw.dtype
     for _ in range(sizes.get("N") or 1):

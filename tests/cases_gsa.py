@@ -82,6 +82,13 @@ def reference_recurrent(
     return o, *(states if output_final_state else (None, None))
 
 
+def as_pair(inputs: Inputs) -> Inputs:
+    """The public functions' arguments: both states in one."""
+    inputs = dict(inputs)
+    states = inputs.pop("initial_k", None), inputs.pop("initial_v", None)
+    return inputs if states[0] is None else inputs | {"initial_state": states}
+
+
 def case(
     operator: str,
     reason: str,
@@ -103,6 +110,7 @@ def case(
         axes=AXES,
         differentiable=DIFFERENTIABLE,
         tags=frozenset(tags),
+        public=as_pair,
     )
 
 

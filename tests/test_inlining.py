@@ -114,7 +114,7 @@ def test_the_traced_body_is_the_chunk_form(offsets: list[int] | None, gate: str)
 
 
 def test_on_a_gpu_the_graph_holds_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index=None: (9, 0))
     with stub_driver(), FakeTensorMode(allow_non_fake_inputs=True), fla_ops.inlining():
         graph = make_fx(dispatch_functionalize(lambda *args: fla_ops.chunk_simple_gla(*args)[0]))(
             *activations(2, 100, "cuda")

@@ -15,7 +15,7 @@ RESCALE = 40.0  # in powers of two: a score may exceed its row's reference by th
 
 
 def forward(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias, output_rest):
-    """o [B, T, HQ, V] in q's dtype, the log of each row's denominator [B, T, HQ]; if asked, what rounding took from o."""
+    """o [B, T, HQ, V] in q's dtype, logs of the denominators [B, T, HQ]; if asked, what rounding took from o."""
     checks.launch(q, k, v, g, window_size, cu_seqlens, chunk_indices, sink_bias)
     key_heads = k.shape[2]
     o, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=compute_dtype(q))

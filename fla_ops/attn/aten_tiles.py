@@ -95,9 +95,9 @@ class Run:
     keys: Tensor  # [P, T, K + channels]
     values: Tensor  # [P, T, V]
     window: int | None
+    reach: Tensor  # [P, G, T], no product of a row is larger; not set without decay
     sums: Tensor | None = None  # [P, G, T] float64, of log2 decays
     since: Tensor | None = None  # [P, G, T], the first step after which nothing forgets
-    reach: Tensor | None = None  # [P, G, T], no product of a row is larger
     buffer: Tensor = field(init=False)
     extremes: tuple[Tensor, ...] = field(init=False)  # [P, G, T / COLUMNS], smallest and largest sum
 
@@ -119,7 +119,7 @@ class Run:
             yield a, min(a + self.rows, time)
 
     def tiles(self, a: int, b: int, reference: Tensor) -> list[Tile]:
-        """Tiles left of the diagonal block. What they leave out is negligible beside exp2(reference) [P, G, rows, 1]."""
+        """Tiles left of the diagonal. What they leave out is negligible beside exp2(reference), [P, G, rows, 1]."""
         low, high = (0, 0) if self.window is None else (max(0, a - self.window + 1), max(0, b - self.window))
         if self.since is not None:
             low, high = max(low, int(self.since[..., a].min())), max(high, int(self.since[..., b - 1].max()))
@@ -128,26 +128,26 @@ class Run:
         spans = list(pairwise(sorted(edges)))
         if self.sums is None:
             return [Tile(first, last, first < high, False) for first, last in spans]
-        dropped, faint = self._negligible(a, b, reference)
+        dropped, faint = self._negligible(self.sums, a, b, reference)
         return [
             Tile(first, last, first < high, faint[first // COLUMNS])
             for first, last in spans
             if not dropped[first // COLUMNS]
         ]
 
-    def _negligible(self, a: int, b: int, reference: Tensor) -> tuple[list[bool], list[bool]]:
+    def _negligible(self, sums: Tensor, a: int, b: int, reference: Tensor) -> tuple[list[bool], list[bool]]:
         """Of each COLUMNS columns before row b: whether all weights are negligible, whether some may be."""
-        start = self.sums[..., a : a + 1]
-        gain = self.sums[..., a:b] - start - reference.squeeze(-1)
-        most = (gain + self.reach[..., a:b]).amax(-1, keepdim=True)
-        least = (gain - self.reach[..., a:b]).amin(-1, keepdim=True)
+        start = sums[..., a : a + 1]
+        gain, reach = sums[..., a:b] - start - reference.squeeze(-1), self.reach[..., a:b]
+        most = (gain + reach).amax(-1, keepdim=True)
+        least = (gain - reach).amin(-1, keepdim=True)
         smallest, largest = (x[..., : (b - 1) // COLUMNS + 1] for x in self.extremes)
         dropped = (most + start - smallest < self.floor - 1).all(0).all(0)
         faint = (least + start - largest < self.floor + 1).any(0).any(0)
         return dropped.tolist(), faint.tolist()
 
     def extended(self, a: int, b: int, low: int, reference: Tensor) -> Tensor:
-        """Queries [P, G * rows, K + channels] whose products with `keys` from `low` to a are scores less `reference`."""
+        """Queries [P, G * rows, K + channels] whose products with keys `low` to `a` are scores less `reference`."""
         pairs, group = self.queries.shape[:2]
         rows = self.queries.new_empty((pairs, group, b - a, self.keys.shape[2]))
         rows[..., : self.width] = self.queries[:, :, a:b]
@@ -186,7 +186,7 @@ class Run:
 
     def weights(self, x: Tensor, faint: bool) -> Tensor:
         """exp2(x) in place, zero where it is negligible."""
-        return (torch.nn.functional.threshold_(x, self.floor, NEVER) if faint else x).exp2_()
+        return (torch.threshold_(x, self.floor, NEVER) if faint else x).exp2_()
 
     def _hidden(self, a: int, b: int, first: int, last: int) -> Tensor:
         """Which pairs of rows a to b and columns first to last do not see each other."""
@@ -208,9 +208,9 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, win
     keys[..., -1] = 1
     values = v[piece].transpose(1, 2).to(dtype).flatten(0, 1)
     if g is None:
-        return Run(queries, keys, values, window)
+        return Run(queries, keys, values, window, queries.new_empty(0))
     sums, since = decay.sums(query_heads(g[..., None], piece, key_heads, g.dtype).squeeze(-1))
     sums *= LOG2E
     longest = torch.linalg.vector_norm(keys[..., :key_width], dim=-1).amax(-1)
     reach = torch.linalg.vector_norm(queries, dim=-1).mul_(longest[:, None, None])
-    return Run(queries, keys, values, window, sums, since, reach)
+    return Run(queries, keys, values, window, reach, sums, since)

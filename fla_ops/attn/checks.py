@@ -61,7 +61,8 @@ def launch(
         and q.dtype in valid.FLOATS
         and q.device == k.device == v.device
         and (g is None or (g.shape == sizes[:3] and g.dtype in valid.FLOATS and g.device == q.device))
-        and cu_seqlens is chunk_indices is sink_bias is window_size is None
+        and cu_seqlens is chunk_indices is sink_bias is None
+        and window_size is None
     ):
         return
     inputs(q, k, v, g, window_size, cu_seqlens, chunk_indices, sink_bias)

@@ -15,13 +15,12 @@ import triton.language as tl
 from fla_ops import launch
 from fla_ops.common import chunk_index
 from fla_ops.common.chunk_index import first_row, locate_chunk
-from fla_ops.common.tiles import dot, split_program
+from fla_ops.common.tiles import dot, nearest, split_program
 from fla_ops.simple_gla.launching import check_offsets, contiguous, refuse_float64, scale_of
 
 from . import checks
 from .gates import LOG2E
 from .parallel import WIDEST, refuse_widths
-from .scores import nearest
 
 NEVER = tl.constexpr(float("-inf"))
 
@@ -29,7 +28,7 @@ NEVER = tl.constexpr(float("-inf"))
 @triton.jit(do_not_specialize=["T", "N", "window"])
 def attn_decoding_kernel(
     q, k, v, g,                             # [N, HQ, K], [T, H, K], [T, H, V], [T, HQ]
-    part, log, passed,                      # [parts, HQ, V], [parts, HQ] x 2: output, log of its denominator, sum of gates
+    part, log, passed,                      # [parts, HQ, V], [parts, HQ] x 2: output, log of denominator, sum of gates
     cu_seqlens, chunk_sequence, chunk_ends, # [N + 1], [parts], [N]
     stride_kt, stride_kh, stride_vt, stride_vh,
     scale, gate_scale, T, N, window,

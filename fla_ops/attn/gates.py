@@ -20,10 +20,9 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.chunk_index import sequence_bounds
-from fla_ops.common.tiles import split_program
+from fla_ops.common.tiles import nearest, split_program
 
 from . import decay
-from .scores import nearest
 
 FORGETS = tl.constexpr(decay.FORGETS)
 LOG2E = tl.constexpr(1.4426950408889634)

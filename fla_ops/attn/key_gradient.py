@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from fla_ops.common.chunk_index import locate_chunk
-from fla_ops.common.tiles import dot, load_rows, split_program, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, store_rows
 
 from .gates import LOG2E
-from .scores import last_seeing, nearest, tile_scores
+from .scores import last_seeing, tile_scores
 
 EVER = tl.constexpr(float("inf"))  # as a row's log-sum-exp: nothing has weight
 
@@ -100,8 +100,6 @@ def attn_key_gradient_kernel(
             columns = column + tl.arange(0, BN)
             tl.store(dcolumn + base + columns, along, mask=columns < length)
     if dk is not None:
-        found = nearest(dkeys * scale, dk.dtype.element_ty)
-        store_rows(dk + key_head * K, found, begin + column, length - column, 0, H, K, BN, BK)
+        store_rows(dk + key_head * K, dkeys * scale, begin + column, length - column, 0, H, K, BN, BK)
     if dv is not None:
-        found = nearest(dvalues, dv.dtype.element_ty)
-        store_rows(dv + key_head * V, found, begin + column, length - column, 0, H, V, BN, BV)
+        store_rows(dv + key_head * V, dvalues, begin + column, length - column, 0, H, V, BN, BV)

@@ -14,12 +14,12 @@ import triton.language as tl
 from fla_ops import launch
 from fla_ops.common import chunk_index
 from fla_ops.common.chunk_index import locate_chunk
-from fla_ops.common.tiles import dot, load_rows, split_program, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, store_rows
 from fla_ops.simple_gla.launching import check_offsets, contiguous, refuse_float64, scale_of
 
 from . import checks, decay
 from .gates import LOG2E, decay_sums
-from .scores import column_range, nearest, tile_scores
+from .scores import column_range, tile_scores
 
 REST = tl.constexpr(decay.REST)
 WIDEST = 256  # K and V: a program holds whole rows
@@ -106,17 +106,16 @@ def attn_forward_kernel(
         out = out * shrink[:, None]
         peak = largest
     out = out / total[:, None]
-    rounded = nearest(out, o.dtype.element_ty)
-    store_rows(o + head * V, rounded, begin + row, length - row, 0, HQ, V, BM, BV)
+    store_rows(o + head * V, out, begin + row, length - row, 0, HQ, V, BM, BV)
     if rest is not None:
-        left = nearest((out - rounded.to(tl.float32)) * REST, rest.dtype.element_ty)
-        store_rows(rest + head * V, left, begin + row, length - row, 0, HQ, V, BM, BV)
+        left = out - nearest(out, o.dtype.element_ty).to(tl.float32)
+        store_rows(rest + head * V, left * REST, begin + row, length - row, 0, HQ, V, BM, BV)
     rows = row + tl.arange(0, BM)
     tl.store(lse + (begin + rows) * HQ + head, (peak + tl.log2(total)) / LOG2E, mask=rows < length)
 
 
 def forward(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias, output_rest):
-    """o [B, T, HQ, V] in q's dtype, the log of each row's denominator [B, T, HQ]; if asked, what rounding took from o."""
+    """o [B, T, HQ, V] in q's dtype, logs of the denominators [B, T, HQ]; if asked, what rounding took from o."""
     checks.launch(q, k, v, g, window_size, cu_seqlens, chunk_indices, sink_bias)
     refuse_float64(q)
     refuse_widths(q, v)

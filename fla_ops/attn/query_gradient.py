@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 
 from fla_ops.common.chunk_index import locate_chunk
-from fla_ops.common.tiles import dot, load_rows, split_program, store_rows
+from fla_ops.common.tiles import dot, load_rows, nearest, split_program, store_rows
 
 from .gates import LOG2E
-from .scores import column_range, nearest, tile_scores
+from .scores import column_range, tile_scores
 
 EVER = tl.constexpr(float("inf"))  # as a row's log-sum-exp: nothing has weight
 
@@ -88,7 +88,6 @@ def attn_query_gradient_kernel(
         scale * LOG2E, H, K, V, BM, BN, BK, BV, True, True, WINDOW, PRECISION,
     )
     if dq is not None:
-        found = nearest(found * scale, dq.dtype.element_ty)
-        store_rows(dq + head * K, found, begin + row, length - row, 0, HQ, K, BM, BK)
+        store_rows(dq + head * K, found * scale, begin + row, length - row, 0, HQ, K, BM, BK)
     if drow is not None:
         tl.store(drow + base + rows, along, mask=rows < length)

@@ -26,13 +26,12 @@ def parallel(
     batch, time, heads, key_width = q.shape
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        pieces = []
-        for start, end in pairwise(offsets):
-            piece = [None if x is None else x[:, start:end] for x in (q, k, v, g)]
-            pieces.append(parallel(*piece, scale, window_size, None, sink_bias))
-        outputs, sums = zip(*pieces, strict=True)
-        return torch.cat(outputs, 1), torch.cat(sums, 1)
+        runs = []
+        for start, end in pairwise(cu_seqlens.tolist()):
+            steps = slice(start, end)
+            gates = None if g is None else g[:, steps]
+            runs.append(parallel(q[:, steps], k[:, steps], v[:, steps], gates, scale, window_size, sink_bias=sink_bias))
+        return torch.cat([o for o, _ in runs], 1), torch.cat([log for _, log in runs], 1)
 
     scale = key_width**-0.5 if scale is None else scale
     group = heads // k.shape[2]
@@ -72,13 +71,12 @@ def one_step(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     g = g * scale if g is not None and do_gate_scale else g
     outputs = [q.new_zeros(1, 0, heads, value_width)]
-    offsets = cu_seqlens.tolist()
-    for n, (start, end) in enumerate(pairwise(offsets)):
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         if start == end:
             outputs.append(q.new_zeros(1, 1, heads, value_width))
             continue
         queries = torch.cat([q.new_zeros(1, end - start - 1, heads, q.shape[3]), q[:, n : n + 1]], 1)
-        piece = [None if x is None else x[:, start:end] for x in (k, v, g)]
-        o, _ = parallel(queries, *piece, scale, window_size, None, sink_bias)
+        gate = None if g is None else g[:, start:end]
+        o, _ = parallel(queries, k[:, start:end], v[:, start:end], gate, scale, window_size, None, sink_bias)
         outputs.append(o[:, -1:])
     return torch.cat(outputs, 1)

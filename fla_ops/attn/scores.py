@@ -5,18 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_ops.common.tiles import INTERPRETED, dot
+from fla_ops.common.tiles import dot
 
 NEVER = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def nearest(x, DTYPE: tl.constexpr):
-    """float32 x in DTYPE, rounded to nearest, as a GPU does; the interpreter cuts bfloat16 off."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -33,12 +24,13 @@ def decay_difference(high, low, rows, columns, row, length, DIAGONAL: tl.constex
     column_low = tl.load(low + columns, mask=in_columns, other=0.0)
     if DIAGONAL:
         difference = tl.expand_dims(row_high, ACROSS) - tl.expand_dims(column_high, 1 - ACROSS)
-        return difference + (tl.expand_dims(row_low, ACROSS) - tl.expand_dims(column_low, 1 - ACROSS))
+        difference += tl.expand_dims(row_low, ACROSS) - tl.expand_dims(column_low, 1 - ACROSS)
     else:
         middle_high, middle_low = tl.load(high + row), tl.load(low + row)
         after = (row_high - middle_high) + (row_low - middle_low)
         before = (middle_high - column_high) + (middle_low - column_low)
-        return tl.expand_dims(after, ACROSS) + tl.expand_dims(before, 1 - ACROSS)
+        difference = tl.expand_dims(after, ACROSS) + tl.expand_dims(before, 1 - ACROSS)
+    return difference
 
 
 @triton.jit
@@ -93,9 +85,8 @@ def last_seeing(until, column, length, window, WINDOW: tl.constexpr):
 @triton.jit
 def column_range(since, row, length, window, WINDOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Where, for rows from `row`, the tiles of columns start: that some row sees, and that all see up to `row`."""
+    start, whole = row * 0, row * 0
     if WINDOW or since is not None:
         start = first_seen(since, row, window, WINDOW) // BN * BN
         whole = tl.cdiv(first_seen(since, tl.minimum(row + BM, length) - 1, window, WINDOW), BN) * BN
-        return start, tl.minimum(whole, row)
-    else:
-        return 0, 0
+    return start, tl.minimum(whole, row)

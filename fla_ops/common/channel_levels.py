@@ -1,11 +1,12 @@
 """Decays of their own for each channel inside a chunk, as device functions.
 
-The weight of step j at step i, exp(g_{j+1} + ... + g_i), differs from channel to channel, so it has to ride on the two factors of a
-product over channels. Cut the chunk in two halves: a pair of steps in different halves meets at the boundary b, exp(g_{j+1} + ... + g_b)
-goes with j and exp(g_{b+1} + ... + g_i) with i. Pairs in the same half are cut again, down to halves of one step. On the level of halves of
-HALF steps every step has one factor: from the boundary before it if its half is the later of two, else to the boundary after it. These sums
-grow from level to level by the total of the neighbouring half; nothing is ever subtracted, so no exponent is positive where no gate is, and
-a gate of -inf is a factor of zero.
+The weight of step j at step i, exp(g_{j+1} + ... + g_i), differs from channel to channel, so it has to ride on the
+two factors of a product over channels. Cut the chunk in two halves: a pair of steps in different halves meets at the
+boundary b, exp(g_{j+1} + ... + g_b) goes with j and exp(g_{b+1} + ... + g_i) with i. Pairs in the same half are cut
+again, down to halves of one step. On the level of halves of HALF steps every step has one factor: from the boundary
+before it if its half is the later of two, else to the boundary after it. These sums grow from level to level by the
+total of the neighbouring half; nothing is ever subtracted, so no exponent is positive where no gate is, and a gate of
+-inf is a factor of zero.
 
 Steps i are rows and channels columns. REVERSE exchanges the roles of the halves: earlier steps read from later ones.
 """
@@ -21,7 +22,9 @@ from fla_ops.common.tiles import dot, load_rows
 
 @triton.jit
 def load_log_decays(g, first, steps, column, H: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
-    """Exponents of two [BT, BM] of the `steps` steps from `first`, zero past them; g lies at one head of [time, H, M]."""
+    """Exponents of two [BT, BM] of the `steps` steps from `first`, zero past them; g lies at one head of [time, H,
+    M].
+    """
     return load_rows(g, first, steps, column, H, M, BT, BM).to(tl.float32) * LOG2E
 
 
@@ -63,7 +66,9 @@ def block_total(x, SIZE: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def grow(log_decay, prefix, suffix, HALF: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
-    """prefix, from a block's start to each step, and suffix, from each step to its block's end, for blocks of twice the size."""
+    """prefix, from a block's start to each step, and suffix, from each step to its block's end, for blocks of twice
+    the size.
+    """
     late = later(HALF, BT)
     early_total = block_total(tl.where(late, 0.0, log_decay), 2 * HALF, BT, BM)
     late_total = block_total(tl.where(late, log_decay, 0.0), 2 * HALF, BT, BM)

@@ -1,12 +1,14 @@
-"""The two products of a gated recurrence in which every channel has a gate of its own, one program per chunk, head and block of columns.
+"""The two products of a gated recurrence in which every channel has a gate of its own, one program per chunk, head
+and block of columns.
 
 For a state X [U, M] with the gate on its columns, inside a chunk:
 
-    spread      y_i [M] = scale (sum_{j < i} (a_i . u_j) W_ij w_j + exp(P_i) X^T a_i)                W_ijm = exp(P_im - P_jm)
-    contract    y_i [U] = sum_{j <= i} (sum_m r_im W_ijm w_jm) u_j + X (exp(P_i) r_i)
+    spread      y_i [M] = scale (sum_{j < i} (a_i . u_j) W_ij w_j + exp(P_i) X^T a_i)                W_ijm = exp(P_im
+    - P_jm) contract    y_i [U] = sum_{j <= i} (sum_m r_im W_ijm w_jm) u_j + X (exp(P_i) r_i)
 
-Slots' weights, softmax and decays are float32, and so are the operands of every product with them (PRECISION says how they are multiplied).
-In reverse, which contract does, step j sees the steps i >= j of all heads of the group and dX, the gradient that arrives after the chunk.
+Slots' weights, softmax and decays are float32, and so are the operands of every product with them (PRECISION says how
+they are multiplied). In reverse, which contract does, step j sees the steps i >= j of all heads of the group and dX,
+the gradient that arrives after the chunk.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ def softmax_parts(
     first, steps,
     H: tl.constexpr, HR: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, SOFTMAX: tl.constexpr,
 ):
-    """The weight of each step's own slots, and the logarithm of the softmax's denominator, [BT] each; zeros if there is no softmax."""
+    """The weight of each step's own slots, and the logarithm of the softmax's denominator, [BT] each; zeros if there
+    is no softmax.
+    """
     self = tl.zeros([BT], tl.float32)
     log_total = tl.zeros([BT], tl.float32)
     if SOFTMAX:
@@ -141,7 +145,9 @@ def channel_contract_kernel(
     BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
     SOFTMAX: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """HR = H * READERS, HW = H * WRITERS; one of the two is a group. SOFTMAX: r is what earlier steps add to its argument."""
+    """HR = H * READERS, HW = H * WRITERS; one of the two is a group. SOFTMAX: r is what earlier steps add to its
+    argument.
+    """
     HR: tl.constexpr = H * READERS
     HW: tl.constexpr = H * WRITERS
     row, head, block = split_program((U + BU - 1) // BU, HR)
@@ -187,7 +193,9 @@ def spread(
     transposed: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What each head of a [B, T, HA, U] reads from earlier steps, [B, T, HA, M], and its weight on its own step, [B, T, HA]; float32."""
+    """What each head of a [B, T, HA, U] reads from earlier steps, [B, T, HA, M], and its weight on its own step, [B,
+    T, HA]; float32.
+    """
     batch, time, heads, slots = g.shape
     readers, width = a.shape[2:]
     y = torch.empty(batch, time, readers, slots, dtype=torch.float32, device=a.device)
@@ -198,7 +206,8 @@ def spread(
         channel_spread_kernel,
         index.rows * readers * triton.cdiv(slots, slot_block),
         a, u, w, g, states, y, own, cu_seqlens, index.sequence, index.ends, scale, time, sequences_in(cu_seqlens),
-        H=heads, GROUP=readers // heads, U=width, M=slots, BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
+        H=heads, GROUP=readers // heads, U=width, M=slots,
+        BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
         TRANSPOSED=transposed, PRECISION=launch.precision(entry), **launch.options(entry),
     )
     return y, own
@@ -217,7 +226,9 @@ def contract(
     own: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """Fills y [B, T, HR, U]. With `own` (see spread), r is not what reads but what earlier steps add to the argument of its softmax."""
+    """Fills y [B, T, HR, U]. With `own` (see spread), r is not what reads but what earlier steps add to the argument
+    of its softmax.
+    """
     heads, slots = g.shape[2:]
     readers, width = y.shape[2:]
     entry = launch.entry("channel_contract", u, width, slots)

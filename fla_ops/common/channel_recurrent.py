@@ -1,10 +1,11 @@
-"""A recurrence step by step whose state [U, M] has a gate of its own for each channel m, and the gradient of these gates.
+"""A recurrence step by step whose state [U, M] has a gate of its own for each channel m, and the gradient of these
+gates.
 
     X_t = X_{t-1} diag(exp g_t) + sum_j u_tj w_tj^T
 
-is read over the slots, X_t^T r_t [M], or over the width, X_t r_t [U]. One program carries all of what is summed over and a block of the
-rest. The gradient of the state is such a recurrence too: it runs the other way, is written by every head of a group, and decays on leaving
-a step instead of on entering it.
+is read over the slots, X_t^T r_t [M], or over the width, X_t r_t [U]. One program carries all of what is summed over
+and a block of the rest. The gradient of the state is such a recurrence too: it runs the other way, is written by
+every head of a group, and decays on leaving a step instead of on entering it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def channel_recurrent_kernel(
     BU: tl.constexpr, BM: tl.constexpr, OVER_SLOTS: tl.constexpr, SOFTMAX: tl.constexpr, ADD: tl.constexpr,
     DECAY_LAST: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):
-    """Writes what each step reads after it is written (y) and before (before), the weight of its own w (own), and carried, <X, dX_T> of each
-    slot as the last step finds it. SOFTMAX: own is given, and r is what the softmax adds to own w.
+    """Writes what each step reads after it is written (y) and before (before), the weight of its own w (own), and
+    carried, <X, dX_T> of each slot as the last step finds it. SOFTMAX: own is given, and r is what the softmax adds
+    to own w.
     """
     BLOCKS: tl.constexpr = (M + BM - 1) // BM if OVER_SLOTS else (U + BU - 1) // BU
     n, head, block = split_program(BLOCKS, H)
@@ -69,7 +71,8 @@ def channel_recurrent_kernel(
         state += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
     for i in range(length):
         t = start + (length - 1 - i if REVERSE else i)
-        decay = tl.exp2(tl.load(g + (t * H + head) * M + slot, mask=slot < M, other=0.0).to(tl.float32) * LOG2E)[None, :]
+        log_decay = tl.load(g + (t * H + head) * M + slot, mask=slot < M, other=0.0).to(tl.float32)
+        decay = tl.exp2(log_decay * LOG2E)[None, :]
         if not DECAY_LAST:
             state *= decay
         if carried is not None:
@@ -142,7 +145,9 @@ class Steps:
         add: bool = False,
         backwards: bool = False,
     ) -> None:
-        """One walk that fills final, y, before, own and carried, where given; `backwards` carries the gradient of a state."""
+        """One walk that fills final, y, before, own and carried, where given; `backwards` carries the gradient of a
+        state.
+        """
         _, time, heads, slots = self.g.shape
         width = u.shape[3]
         entry = launch.entry("channel_recurrent", u, width, slots)
@@ -157,7 +162,8 @@ class Steps:
             channel_recurrent_kernel,
             self.sequences * heads * blocks,
             u, w, self.g, r, initial, final, dfinal, y, before, own, carried, self.cu_seqlens, scale, time,
-            H=heads, READERS=r.shape[2] // heads, WRITERS=u.shape[2] // heads, U=width, M=slots, BU=width_block, BM=slot_block,
+            H=heads, READERS=r.shape[2] // heads, WRITERS=u.shape[2] // heads, U=width, M=slots,
+            BU=width_block, BM=slot_block,
             OVER_SLOTS=over_slots, SOFTMAX=softmax, ADD=add, DECAY_LAST=backwards, REVERSE=self.reverse != backwards,
             TRANSPOSED=transposed, **launch.options(entry),
         )
@@ -165,7 +171,9 @@ class Steps:
     def gate_gradient(
         self, reads: Tensor, s: Tensor, later: Tensor, carried: tuple[Tensor | None, Tensor | None], dtype: torch.dtype
     ) -> Tensor:
-        """dg [B, T, H, M]: what a step and those after it read from earlier ones, less what still later ones read from them."""
+        """dg [B, T, H, M]: what a step and those after it read from earlier ones, less what still later ones read from
+        them.
+        """
         _, time, heads, slots = self.g.shape
         dg = torch.empty(self.g.shape, dtype=dtype, device=self.g.device)
         entry = launch.entry("channel_gate_gradient", s, slots, slots)

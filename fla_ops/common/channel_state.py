@@ -1,8 +1,9 @@
-"""The states before each chunk where every channel has a gate of its own, and the gradients that arrive after each chunk.
+"""The states before each chunk where every channel has a gate of its own, and the gradients that arrive after each
+chunk.
 
-A state is [U, M], the gate on its columns: X' = X diag(d) + sum_j u_j (b_j w_j)^T, with b_j the decay from step j to the chunk's end and d
-that of the whole chunk. In reverse, dX = dX' diag(d) + sum_i u_i (a_i w_i)^T over all writers of the group, with a_i the decay from
-the chunk's start to step i. A state that is kept as [M, U] is TRANSPOSED.
+A state is [U, M], the gate on its columns: X' = X diag(d) + sum_j u_j (b_j w_j)^T, with b_j the decay from step j to
+the chunk's end and d that of the whole chunk. In reverse, dX = dX' diag(d) + sum_i u_i (a_i w_i)^T over all writers
+of the group, with a_i the decay from the chunk's start to step i. A state that is kept as [M, U] is TRANSPOSED.
 """
 
 from __future__ import annotations
@@ -78,13 +79,15 @@ def channel_states(
 ) -> Tensor | None:
     """The state before each chunk, [rows, H, U, M] (transposed: [rows, H, M, U]) in float32; fills `final` where given.
 
-    With reverse=True, u and w are those of the reading side, and the result is the gradient that arrives after each chunk.
+    With reverse=True, u and w are those of the reading side, and the result is the gradient that arrives after each
+    chunk.
     """
     batch, time, heads, slots = g.shape
     width = u.shape[3]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     widths = (slots, width) if transposed else (width, slots)
-    states = torch.zeros(index.rows, heads, *widths, dtype=torch.float32, device=u.device) if keep else None
+    allocate = torch.empty if cu_seqlens is None else torch.zeros  # packed sequences may leave rows unused
+    states = allocate(index.rows, heads, *widths, dtype=torch.float32, device=u.device) if keep else None
     entry = launch.entry("channel_state", u, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(

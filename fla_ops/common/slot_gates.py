@@ -1,8 +1,8 @@
-"""A running logsumexp over time as gates: with z = logcumsumexp(s), weights w_t = exp(s_t - z_t) and log decays g_t = z_{t-1} - z_t <= 0,
-g = 0 at a sequence's first step. With reverse=True time runs backwards.
+"""A running logsumexp over time as gates: with z = logcumsumexp(s), weights w_t = exp(s_t - z_t) and log decays g_t =
+z_{t-1} - z_t <= 0, g = 0 at a sequence's first step. With reverse=True time runs backwards.
 
-Gradient: dz_t = dg_{t+1} - dg_t - w_t dw_t and ds_u = w_u (dw_u + W_u) with W_u = dz_u + exp(g_{u+1}) W_{u+1}, a recurrence whose decays
-are at most 1.
+Gradient: dz_t = dg_{t+1} - dg_t - w_t dw_t and ds_u = w_u (dw_u + W_u) with W_u = dz_u + exp(g_{u+1}) W_{u+1}, a
+recurrence whose decays are at most 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def compose(decay, added, next_decay, next_added):
 
 @triton.jit
 def load_at(
-    x, start, t, inside, slot,              # at one head of [time, H, M]; first step (int64), [BT, 1] steps and which to read
+    x, start,                               # at one head of [time, H, M]; first step (int64)
+    t, inside, slot,                        # [BT, 1] steps, which of them to read
     H: tl.constexpr, M: tl.constexpr, BM: tl.constexpr,
 ):
     """[BT, BM] in float32, zero elsewhere."""
@@ -129,7 +130,8 @@ def slot_gates_gradient(
 ) -> Tensor:
     """The gradient of s in `dtype`, from those of the weights and the log decays."""
     ds = torch.empty(g.shape, dtype=dtype, device=g.device)
-    _run("slot_gates_gradient", slot_gates_gradient_kernel, weights, g, dweights, dg, ds, cu_seqlens=cu_seqlens, reverse=reverse)
+    given = (weights, g, dweights, dg, ds)
+    _run("slot_gates_gradient", slot_gates_gradient_kernel, *given, cu_seqlens=cu_seqlens, reverse=reverse)
     return ds
 
 

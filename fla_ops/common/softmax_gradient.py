@@ -19,7 +19,9 @@ def softmax_gradient_kernel(
     scale, rows,                            # of dx; B * T
     H: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
 ):
-    """x = earlier + own s, dp = dearlier + down s; p = softmax(x), dx = scale p (dp - <p, dp>), reads = p dearlier + earlier dx."""
+    """x = earlier + own s, dp = dearlier + down s; p = softmax(x), dx = scale p (dp - <p, dp>), reads = p dearlier +
+    earlier dx.
+    """
     HQ: tl.constexpr = H * GROUP
     block, head, _ = split_program(1, H)
     first = block * BT
@@ -48,7 +50,8 @@ def softmax_gradient_kernel(
 def softmax_gradient(
     earlier: Tensor, own: Tensor, dearlier: Tensor, down: Tensor, s: Tensor, scale: float, need_reads: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """p and dx [B, T, HQ, M] and, if needed, what each step reads from earlier ones times its gradient, [B, T, H, M]; all float32.
+    """p and dx [B, T, HQ, M] and, if needed, what each step reads from earlier ones times its gradient, [B, T, H, M];
+    all float32.
 
     dx holds the scale of what it is multiplied with; it takes the memory of dearlier.
     """
@@ -60,6 +63,7 @@ def softmax_gradient(
         softmax_gradient_kernel,
         triton.cdiv(batch * time, entry["BT"]) * heads,
         earlier, own, dearlier, down, s, p, dx, reads, scale, batch * time,
-        H=heads, GROUP=earlier.shape[2] // heads, M=slots, BT=entry["BT"], BM=triton.next_power_of_2(slots), **launch.options(entry),
+        H=heads, GROUP=earlier.shape[2] // heads, M=slots,
+        BT=entry["BT"], BM=triton.next_power_of_2(slots), **launch.options(entry),
     )
     return p, dx, reads

@@ -56,8 +56,8 @@ def chunk_gsa(
         checkpoint_level: what is kept for the gradient beside the inputs. 0: the argument of the softmax,
             [B, T, HQ, M], and the states before each chunk; 1: only the former; 2: nothing. The rest is computed again;
             the result does not depend on it.
-        chunk_size: steps in a chunk, a power of two from 16 to 256; chunks of more than 64 steps are cut. A matter of
-            speed, not of the result.
+        chunk_size: steps in a chunk, a power of two from 16 to 256; chunks of more than 64 steps (of more than 32 for
+            float32 and float64) are cut. A matter of speed, not of the result.
 
     Returns:
         o [B, T, HQ, V] in v's dtype, and the final states or None.

@@ -17,7 +17,9 @@ def chunk_forward(
     q, k, v, s, g, scale, initial_k, initial_v, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size,
     checkpoint_level,
 ):  # fmt: skip
-    """o, the final states, and what the gradient keeps: `earlier` and `own` up to level 1, the chunks' states at level 0."""
+    """o, the final states, and what the gradient keeps: `earlier` and `own` up to level 1, the chunks' states at level
+    0.
+    """
     checks.launch(q, k, v, s, g, initial_k, initial_v, cu_seqlens, cu_seqlens_cpu, chunk_size, checkpoint_level)
     layout = _layout(q, cu_seqlens, chunk_size)
     c = chunked.cut(layout, q, k, v, *abc.gates(s, g, cu_seqlens), scale)
@@ -75,7 +77,7 @@ def _leave(c: Inputs, found: Gradients, inputs: tuple[Tensor | None, ...], outpu
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Chunks:
-    steps = checks.chunk_steps(chunk_size)
+    steps = checks.chunk_steps(q, chunk_size)
     if cu_seqlens is None:
         return DenseChunks(q.shape[0], q.shape[1], steps)
     return PackedChunks(valid.cu_seqlens_values(cu_seqlens, q.shape[1]), steps, q.device)

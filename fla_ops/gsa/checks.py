@@ -7,8 +7,6 @@ from torch import Tensor
 
 from fla_ops import validation as valid
 
-LONGEST_CHUNK = 64
-
 
 def inputs(
     q: Tensor,
@@ -109,16 +107,16 @@ def step(
     valid.shape("g", g, "[N, H, M]", (sequences, heads, width))
     valid.same_dtype(q=q, k=k, v=v)
     valid.floating(s=s, g=g)
-    rows, letter = state_k.shape[0], "P"
+    rows, letters = state_k.shape[0], ("[P, H, K, M]", "[P, H, M, V]")
     if slots is None:
-        rows, letter = sequences, "N"
+        rows, letters = sequences, ("[N, H, K, M] (without slots)", "[N, H, M, V] (without slots)")
     else:
         valid.shape("slots", slots, "[N]", (sequences,))
         torch._check_type(
             slots.dtype in (torch.int32, torch.int64), lambda: f"slots must be int32 or int64, got {slots.dtype}"
         )
-    valid.shape("state_k", state_k, f"[{letter}, H, K, M]", (rows, heads, key_width, width))
-    valid.shape("state_v", state_v, f"[{letter}, H, M, V]", (rows, heads, width, value_width))
+    valid.shape("state_k", state_k, letters[0], (rows, heads, key_width, width))
+    valid.shape("state_v", state_v, letters[1], (rows, heads, width, value_width))
     allowed = valid.FLOATS if q.dtype is torch.float64 else valid.FLOATS[1:]
     for name, state in (("state_k", state_k), ("state_v", state_v)):
         torch._check_type(
@@ -137,14 +135,14 @@ def _widths(query_heads: int, heads: int, key_width: int, value_width: int, slot
     valid.multiple("q", query_heads, "k, v, s and g", heads)
 
 
-def chunk_steps(chunk_size: int) -> int:
-    """Steps between two chunk states: a larger chunk is cut."""
-    return min(chunk_size, LONGEST_CHUNK)
+def chunk_steps(q: Tensor, chunk_size: int) -> int:
+    """Steps between two chunk states: a larger chunk is cut, so that a chunk of a kernel fits its registers."""
+    return min(chunk_size, 64 if q.dtype in (torch.bfloat16, torch.float16) else 32)
 
 
 def chunk_rows(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
     """How many chunk states a call has; for packed sequences, how many it may have at most."""
-    steps = chunk_steps(chunk_size)
+    steps = chunk_steps(q, chunk_size)
     batch, time = q.shape[:2]
     if cu_seqlens is None:
         return batch * ((time + steps - 1) // steps)

@@ -1,9 +1,11 @@
-"""The chunk form: passes that carry both states from chunk to chunk, then two products for all chunks at once, the softmax between them.
+"""The chunk form: passes that carry both states from chunk to chunk, then two products for all chunks at once, the
+softmax between them.
 
     x_i = scale (sum_{j <= i} (q_i . k_j) W_ij s_j + exp(P_i) A^T q_i)          W_ijm = exp(P_im - P_jm)
     o_i = sum_{j <= i} (sum_m softmax(x_i)_m W_ijm s_jm) v_j + C^T (exp(P_i) softmax(x_i))
 
-x is written once, in float32 and without the term of step i itself; the second product takes the softmax as it reads it.
+x is written once, in float32 and without the term of step i itself; the second product takes the softmax as it reads
+it.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ from .chunk_backward import backward as backward
 
 
 def forward(
-    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size, checkpoint_level
+    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size,
+    checkpoint_level,
 ):
-    """o, the final states, and what the gradient keeps: `earlier` and `own` up to level 1, the chunks' states at level 0."""
+    """o, the final states, and what the gradient keeps: `earlier` and `own` up to level 1, the chunks' states at level
+    0.
+    """
     checks.launch(q, k, v, s, g, initial_k, initial_v, cu_seqlens, cu_seqlens_cpu, chunk_size, checkpoint_level)
     refuse_float64(q)
     check_offsets(cu_seqlens, q.shape[1])
     q, k, v, s, g, initial_k, initial_v, cu_seqlens = contiguous(q, k, v, s, g, initial_k, initial_v, cu_seqlens)
     s, g = slot_gates(s, cu_seqlens) if g is None else (s, g)
-    index = chunk_index.build(*q.shape[:2], cu_seqlens, checks.chunk_steps(chunk_size))
+    index = chunk_index.build(*q.shape[:2], cu_seqlens, checks.chunk_steps(q, chunk_size))
 
     final_k, final_v = final_states(q, v, s, cu_seqlens) if output_final_state else (None, None)
     states_k = channel_states(index, k, s, g, initial_k, final_k, cu_seqlens, False)

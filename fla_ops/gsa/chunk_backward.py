@@ -1,4 +1,5 @@
-"""Gradients of the chunk form: what the forward pass did not keep is computed again, then its two products run with other roles.
+"""Gradients of the chunk form: what the forward pass did not keep is computed again, then its two products run with
+other roles.
 
     dp_i = sum_j (do_i . v_j) W_ij s_j + exp(P_i) C do_i               spread, from (do, v, s, C^T)
     dq_i = sum_j (sum_m dx_im W_ijm s_jm) k_j + A (exp(P_i) dx_i)      contract, from (dx, s, k, A)
@@ -6,9 +7,10 @@
     dk_j = sum_i (sum_m s_jm W_ijm dx_im) q_i + dA (b_j s_j)           contract in reverse, summed over the group
     ds_j = sum_i (v_j . do_i) W_ij p_i + b_j dC v_j + sum_i (k_j . q_i) W_ij dx_i + b_j dA^T k_j
 
-with b_j the decay from step j to the chunk's end and the scale in dx. dg_t gathers what passes the gate of step t. Inside the chunk: what the steps from t on
-read from earlier ones, p dp + x dx without the term of the step itself, less what later steps read from them, s ds likewise. Past its
-end: s_j times what step j < t gives to the next state's gradient, and d <A, dA> + d <C, dC>. Nothing accumulates along the sequence.
+with b_j the decay from step j to the chunk's end and the scale in dx. dg_t gathers what passes the gate of step t.
+Inside the chunk: what the steps from t on read from earlier ones, p dp + x dx without the term of the step itself,
+less what later steps read from them, s ds likewise. Past its end: s_j times what step j < t gives to the next state's
+gradient, and d <A, dA> + d <C, dC>. Nothing accumulates along the sequence.
 """
 
 from __future__ import annotations
@@ -35,28 +37,16 @@ from .aten_abc import mask
 
 @triton.jit
 def written_in_one_pass(
-    u,
-    a,
-    r,
-    log_decay,  # at one head of [time, H, U], [time, HQ, U], [time, HQ, M]; [BT, BM]
-    states,
-    dstates,  # [rows, H, U, M] or TRANSPOSED
-    matrix,
-    first,
-    steps,
-    slot,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    U: tl.constexpr,
-    M: tl.constexpr,
-    BT: tl.constexpr,
-    BU: tl.constexpr,
-    BM: tl.constexpr,
-    LEVELS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    u, a, r, log_decay,                     # at one head of [time, H, U], [time, HQ, U], [time, HQ, M]; [BT, BM]
+    states, dstates,                        # [rows, H, U, M] or TRANSPOSED
+    matrix, first, steps, slot,
+    H: tl.constexpr, GROUP: tl.constexpr, U: tl.constexpr, M: tl.constexpr,
+    BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The slots' gradient from later steps, from the step itself, from past the chunk's end, [BT, BM]; <X, dX> of each slot, [BM]."""
+    """The slots' gradient from later steps, from the step itself, from past the chunk's end, [BT, BM]; <X, dX> of each
+    slot, [BM].
+    """
     HQ: tl.constexpr = H * GROUP
     later = tl.zeros([BT, BM], tl.float32)
     own = tl.zeros([BT, BM], tl.float32)
@@ -76,36 +66,15 @@ def written_in_one_pass(
 
 @triton.jit(do_not_specialize=["T", "N"])
 def slot_gradient_kernel(
-    q,
-    k,
-    v,
-    s,
-    g,
-    do,  # [B, T, HQ, K], [B, T, H, K], [B, T, H, V], [B, T, H, M] x 2, [B, T, HQ, V]
-    p,
-    dx,
-    reads,  # [B, T, HQ, M] x 2, [B, T, H, M]
-    states_k,
-    dstates_k,  # [rows, H, K, M]
-    states_v,
-    dstates_v,  # [rows, H, M, V]
-    ds,
-    dg,  # [B, T, H, M]
-    cu_seqlens,
-    chunk_sequence,
-    chunk_ends,  # [N + 1], [rows], [N]
-    T,
-    N,
-    H: tl.constexpr,
-    GROUP: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    BT: tl.constexpr,
-    BU: tl.constexpr,
-    BM: tl.constexpr,
-    LEVELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, s, g, do,                      # [B, T, HQ, K], [B, T, H, K], [B, T, H, V], [B, T, H, M] x 2, [B, T, HQ, V]
+    p, dx, reads,                           # [B, T, HQ, M] x 2, [B, T, H, M]
+    states_k, dstates_k,                    # [rows, H, K, M]
+    states_v, dstates_v,                    # [rows, H, M, V]
+    ds, dg,                                 # [B, T, H, M]
+    cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
+    T, N,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+    BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     row, head, block = split_program((M + BM - 1) // BM, H)
     start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
@@ -115,48 +84,12 @@ def slot_gradient_kernel(
     query = head * GROUP
     log_decay = load_log_decays(g + head * M, first, steps, slot, H, M, BT, BM)
     later, own, past, carried = written_in_one_pass(
-        v + head * V,
-        do + query * V,
-        p + query * M,
-        log_decay,
-        states_v,
-        dstates_v,
-        matrix,
-        first,
-        steps,
-        slot,
-        H,
-        GROUP,
-        V,
-        M,
-        BT,
-        BU,
-        BM,
-        LEVELS,
-        True,
-        PRECISION,
+        v + head * V, do + query * V, p + query * M, log_decay, states_v, dstates_v, matrix, first, steps, slot,
+        H, GROUP, V, M, BT, BU, BM, LEVELS, True, PRECISION,
     )
     later_k, own_k, past_k, carried_k = written_in_one_pass(
-        k + head * K,
-        q + query * K,
-        dx + query * M,
-        log_decay,
-        states_k,
-        dstates_k,
-        matrix,
-        first,
-        steps,
-        slot,
-        H,
-        GROUP,
-        K,
-        M,
-        BT,
-        BU,
-        BM,
-        LEVELS,
-        False,
-        PRECISION,
+        k + head * K, q + query * K, dx + query * M, log_decay, states_k, dstates_k, matrix, first, steps, slot,
+        H, GROUP, K, M, BT, BU, BM, LEVELS, False, PRECISION,
     )
     past = (past + past_k) * to_end(g + head * M, first, steps, slot, H, M, BT, BM)
     later, carried = later + later_k, carried + carried_k
@@ -172,24 +105,8 @@ def slot_gradient_kernel(
 
 
 def backward(
-    q,
-    k,
-    v,
-    s,
-    g,
-    initial_k,
-    initial_v,
-    cu_seqlens,
-    earlier,
-    own,
-    states_k,
-    states_v,
-    do,
-    dfinal_k,
-    dfinal_v,
-    scale,
-    chunk_size,
-    output_mask,
+    q, k, v, s, g, initial_k, initial_v, cu_seqlens, earlier, own, states_k, states_v, do, dfinal_k, dfinal_v, scale,
+    chunk_size, output_mask,
 ):
     """The gradients that output_mask asks for (q, k, v, s, g and the states), each in its input's dtype."""
     slots, wanted, gated = s, mask(g, output_mask), g is not None
@@ -197,7 +114,7 @@ def backward(
     initial_k, initial_v, dfinal_k, dfinal_v = contiguous(initial_k, initial_v, dfinal_k, dfinal_v)
     s, g = (s, g) if gated else slot_gates(s, cu_seqlens)
     need_q, need_k, need_v, need_s, need_g, need_first, need_second = wanted
-    scale, index = scale_of(q, scale), chunk_index.build(*q.shape[:2], cu_seqlens, checks.chunk_steps(chunk_size))
+    scale, index = scale_of(q, scale), chunk_index.build(*q.shape[:2], cu_seqlens, checks.chunk_steps(q, chunk_size))
     if states_k is None:
         states_k = channel_states(index, k, s, g, initial_k, None, cu_seqlens, False)
         states_v = channel_states(index, v, s, g, initial_v, None, cu_seqlens, True)
@@ -252,24 +169,8 @@ def slot_gradient(
     launch.run(
         slot_gradient_kernel,
         index.rows * heads * triton.cdiv(slots, slot_block),
-        *activations,
-        *states,
-        ds,
-        dg,
-        cu_seqlens,
-        index.sequence,
-        index.ends,
-        q.shape[1],
-        sequences_in(cu_seqlens),
-        H=heads,
-        GROUP=q.shape[2] // heads,
-        K=k.shape[3],
-        V=v.shape[3],
-        M=slots,
-        BT=index.size,
-        BU=width_block,
-        BM=slot_block,
-        LEVELS=levels(index),
-        PRECISION=launch.precision(entry),
-        **launch.options(entry),
+        *activations, *states, ds, dg, cu_seqlens, index.sequence, index.ends, q.shape[1], sequences_in(cu_seqlens),
+        H=heads, GROUP=q.shape[2] // heads, K=k.shape[3], V=v.shape[3], M=slots,
+        BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
+        PRECISION=launch.precision(entry), **launch.options(entry),
     )

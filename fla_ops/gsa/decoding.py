@@ -101,7 +101,8 @@ def step(q, k, v, s, g, state_k, state_v, scale, slots):
     launch.run(
         gsa_decoding_kernel,
         sequences * heads,
-        q, k, v, s, g, state_k, state_v, o, slots, *state_k.stride(), *state_v.stride(), scale_of(q, scale), state_k.shape[0],
+        q, k, v, s, g, state_k, state_v, o, slots, *state_k.stride(), *state_v.stride(),
+        scale_of(q, scale), state_k.shape[0],
         H=heads, GROUP=query_heads // heads, K=key_width, V=value_width, M=width, BG=group, BM=slot_block,
         BK=min(columns, triton.next_power_of_2(key_width)), BV=min(columns, triton.next_power_of_2(value_width)),
         **launch.options(entry),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fla_ops import validation as valid
 from fla_ops.dispatch import Choice, Form, Request, select, wants_gradient
 from fla_ops.launch.crossovers import crossovers
 
@@ -46,6 +49,8 @@ def choose(
     mode: str = "auto",
 ) -> Choice:
     """The form for these arguments, which are the dispatcher's."""
+    valid.rank("q", q, "[B, T, HQ, K]")  # the rest is for the form's operator to check
+    valid.rank("v", v, "[B, T, H, V]")
     request = Request(
         family="gsa",
         device=v.device.type,
@@ -63,25 +68,21 @@ def choose(
     return select(FORMS, request, mode, order(request))
 
 
-def chunk(
-    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
-    chunk_size,
-) -> Result:  # fmt: skip
+def chunk(*args: Any) -> Result:
     """The body of torch.ops.fla.chunk_gsa. What a gradient would keep is kept only if one is wanted."""
+    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, *layout = args
     if checkpoint_level in (0, 1) and not wants_gradient(q, k, v, s, g, initial_k, initial_v):
         checkpoint_level = 2
     o, final_k, final_v, *_ = torch.ops.fla.chunk_gsa_forward(
-        q, k, v, s, g, scale, initial_k, initial_v, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size,
-        checkpoint_level,
-    )  # fmt: skip
+        q, k, v, s, g, scale, initial_k, initial_v, output_final_state, *layout, checkpoint_level
+    )
     return o, final_k, final_v
 
 
-def dispatch(
-    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
-    chunk_size, reverse, mode,
-) -> Result:  # fmt: skip
+def dispatch(*args: Any) -> Result:
     """The body of torch.ops.fla.gsa: a call of the chosen form's operator."""
+    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, *layout, reverse, mode = args
+    cu_seqlens, cu_seqlens_cpu, chunk_size = layout
     states = tuple(x for x in (initial_k, initial_v) if x is not None)
     choice = choose(
         q, k, v, s, g, scale, states or None, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,

@@ -1,7 +1,8 @@
-"""The recurrent form: one walk for each state, the softmax between them; the gradients are walks of the same kernel with other roles.
+"""The recurrent form: one walk for each state, the softmax between them; the gradients are walks of the same kernel
+with other roles.
 
-What a query reads is kept apart as what earlier steps give, and the weight of its own step's slots: the gradient of a gate is made of the
-former alone.
+What a query reads is kept apart as what earlier steps give, and the weight of its own step's slots: the gradient of a
+gate is made of the former alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def backward(q, k, v, s, g, initial_k, initial_v, cu_seqlens, do, dfinal_k, dfin
     steps = Steps(g, cu_seqlens, reverse)
 
     carried = [_carried(steps, dfinal) if need_g else None for dfinal in (dfinal_k, dfinal_v)]
-    keys, values = ({"over_slots": True, "dfinal": x, "carried": y} for x, y in zip((dfinal_k, dfinal_v), carried, strict=True))
+    pairs = zip((dfinal_k, dfinal_v), carried, strict=True)
+    keys, values = ({"over_slots": True, "dfinal": x, "carried": y} for x, y in pairs)
     earlier, own = _reading(q, s)
     steps.walk(k, s, q, False, initial=initial_k, before=earlier, own=own, scale=scale_of(q, scale), **keys)
     dearlier, down = _reading(q, s)

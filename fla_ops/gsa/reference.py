@@ -28,12 +28,11 @@ def recurrent(
     if cu_seqlens is not None:
         runs = []
         for n, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            pieces = (x[:, start:end] for x in (q, k, v, s))
+            pieces = (q[:, start:end], k[:, start:end], v[:, start:end], s[:, start:end])
             gates = None if g is None else g[:, start:end]
-            states = (None if x is None else x[n : n + 1] for x in (initial_k, initial_v))
-            runs.append(recurrent(*pieces, gates, scale, *states, reverse))
-        whole, final_k, final_v = zip(*runs, strict=True)
-        return torch.cat(whole, 1), torch.cat(final_k), torch.cat(final_v)
+            state_k, state_v = (None if x is None else x[n : n + 1] for x in (initial_k, initial_v))
+            runs.append(recurrent(*pieces, gates, scale, state_k, state_v, reverse))
+        return torch.cat([r[0] for r in runs], 1), torch.cat([r[1] for r in runs]), torch.cat([r[2] for r in runs])
 
     (batch, time, heads, value_width), slots = v.shape, s.shape[3]
     query_heads, key_width = q.shape[2:]

@@ -100,7 +100,7 @@ def step(
         return (torch.ops.fla.normalize_output_step_(q, k, o, z, scale, slots),)
 
     o: Tensor
-    (o,) = _in_a_wide_dtype(run, q, k, v)
+    (o,) = _as_activations(run, q, k, v)
     return o
 
 
@@ -125,21 +125,22 @@ def _normalized(
         )
         return o, final_state, final_z
 
-    o, final_state, final_z = _in_a_wide_dtype(run, q, k, v)
+    o, final_state, final_z = _as_activations(run, q, k, v)
     return o, final_state, final_z
 
 
-def _in_a_wide_dtype(run: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
-    """`run` with float16 activations, or those that autocast would make float16, in float32; its first result is
-    rounded.
+def _as_activations(run: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """`run` with what autocast makes of the activations, cast once for all operators, and with float16 in float32.
+
+    The first result is rounded to the activations' dtype.
     """
     device = v.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        narrow = torch.get_autocast_dtype(device) is torch.float16 and v.dtype is not torch.float64
-    else:
-        narrow = q.dtype is k.dtype is v.dtype is torch.float16
-    if not narrow:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x if x.dtype is torch.float64 else x.to(dtype) for x in (q, k, v))
+        with torch.autocast(device, enabled=False):
+            return _as_activations(run, q, k, v)
+    if not q.dtype is k.dtype is v.dtype is torch.float16:
         return run(q, k, v)
-    with torch.autocast(device, enabled=False):
-        o, *states = run(q.float(), k.float(), v.float())
+    o, *states = run(q.float(), k.float(), v.float())
     return o.to(torch.float16), *states

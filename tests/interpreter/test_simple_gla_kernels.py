@@ -1,4 +1,4 @@
-"""What is particular to simple_gla's kernels: tiles, ragged chunks, resets, gradients asked for one by one, bad slots."""
+"""What is particular to simple_gla's kernels: tiles, ragged chunks, resets, single gradients, odd slots."""
 
 from __future__ import annotations
 

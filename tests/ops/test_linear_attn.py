@@ -1,4 +1,4 @@
-"""The mathematics of linear_attn: weights that sum to one, pairs that resume, decoding, float16, the pinned graphs."""
+"""The mathematics of linear_attn: weights that sum to one, pairs that resume, float16, the pinned graphs."""
 
 from __future__ import annotations
 
@@ -273,54 +273,6 @@ def test_explain_names_the_form_and_the_refusals() -> None:
     choice = fla_ops.explain(fla_ops.linear_attn, **inputs(), initial_state=pair(), reverse=True)
     assert choice.form.operator == "fused_recurrent_linear_attn"
     assert set(choice.refused) == {"chunk", "fused_chunk"}
-
-
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "not-normalised"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_decoding_equals_the_recurrence(dtype: torch.dtype, normalize: bool) -> None:
-    """A prompt in one piece, then step after step in place, with the sequences anywhere in the pools."""
-    arguments = {n: x.to(dtype) for n, x in inputs().items()}
-    whole, *final = run("fused_recurrent_linear_attn", arguments | {"output_final_state": True}, normalize)
-    prompt = {n: x[:, :12] for n, x in arguments.items()}
-    o, *state = run("chunk_linear_attn", prompt | {"output_final_state": True}, normalize)
-    slots = torch.tensor([4, -1, 0])
-    pools = [torch.full((5, *x.shape[1:]), float("nan")).index_copy(0, slots[::2], x.float()) for x in state]
-    outputs = [o]
-    for t in range(12, T):
-        q, k, v = (torch.stack([x[0, t], x[0, t], x[1, t]]) for x in arguments.values())  # the second one is padding
-        step = fla_ops.linear_attn_step_(q, k, v, *pools, slots=slots)
-        assert step.dtype is dtype
-        assert step[1].count_nonzero() == 0
-        outputs.append(step[::2, None])
-    numerics.close(torch.cat(outputs, 1), whole)
-    for pool, last in zip(pools, final, strict=True):
-        numerics.close(pool[slots[::2]], last.float(), dtype)
-        assert pool[1:4].isnan().all()
-
-
-def test_float16_does_not_overflow_in_decoding() -> None:
-    q, k = (torch.full((1, 1, 16), 40.0, dtype=torch.float16) for _ in range(2))
-    v = torch.full((1, 1, 2), 2.0, dtype=torch.float16)
-    state, z = torch.zeros(1, 1, 16, 2), torch.zeros(1, 1, 1, 16)
-    for _ in range(64):
-        o = fla_ops.linear_attn_step_(q, k, v, state, z)
-        numerics.close(o, v)
-
-
-def test_decoding_refuses_a_gradient() -> None:
-    q, k, v = (x[:, 0].float() for x in inputs().values())
-    kv, z = (x.float() for x in pair())
-    with pytest.raises(NotImplementedError, match="is for inference and has no gradient"):
-        fla_ops.linear_attn_step_(q.requires_grad_(), k, v, kv, z)
-
-
-def test_a_step_that_is_refused_updates_nothing() -> None:
-    q, k, v = (x[:, 0].float() for x in inputs().values())
-    kv, z = (x.float() for x in pair())
-    before = kv.clone()
-    with pytest.raises(ValueError, match="z must be"):
-        fla_ops.linear_attn_step_(q, k, v, kv, z[:, :, 1:])
-    assert torch.equal(kv, before)
 
 
 @pytest.mark.parametrize("initial", [True, False], ids=["resumed", "from-nothing"])
