@@ -263,11 +263,11 @@ def register_steps() -> None:
     """The decode step: pools, slots, padding."""
     everything = ("q", "k", "v", "s", "g", "state_k", "state_v")
     register(
-        step_case("pool-with-padding", ("slots",), STEP_SIZES, (INDUCTOR, SMALL), scale=0.3),
+        step_case("pool-with-padding", ("slots",), STEP_SIZES, (INDUCTOR, EXPORT, SMALL), scale=0.3),
         step_case("bfloat16-pool", ("slots",), STEP_SIZES, pool=torch.bfloat16),
         step_case("float16-pool", ("slots",), STEP_SIZES, (SMALL,), pool=torch.float16),
         step_case("forgets", (), STEP_SIZES, g=lambda g: g.fill_(float("-inf"))),
-        step_case("not-contiguous", (), STEP_SIZES, (EXPORT, SMALL), **dict.fromkeys(everything, strided)),
+        step_case("not-contiguous", (), STEP_SIZES, (SMALL,), **dict.fromkeys(everything, strided)),
         step_case("widths-past-a-tile", (), {"N": 2, "P": 2, "HQ": 3, "H": 1, "K": 20, "V": 70, "M": 18}, (SMALL,)),
         step_case("int32-slots", ("slots",), STEP_SIZES, slots=Tensor.int),
         step_case("bare", (), STEP_SIZES, (COMBINATION,)),

@@ -85,7 +85,7 @@ def _attend(run: Run) -> tuple[Tensor, Tensor]:
     outputs = run.queries.new_empty((pairs, group, time, run.values.shape[2]))
     logs = run.queries.new_empty((pairs, group, time, 1))
     for a, b in run.blocks():
-        x = run.diagonal(a, b, 0.0)
+        x = run.diagonal(a, b, None)
         reference = x.amax(-1, keepdim=True)
         weights = run.weights(x.sub_(reference), run.sums is not None)
         total = weights.sum(-1, keepdim=True)

@@ -165,19 +165,25 @@ class Run:
         torch.bmm(rows, self.keys[:, first:last].mT, out=x)
         if tile.masked:
             b = a + rows.shape[1] // self.queries.shape[1]
-            x.unflatten(1, (-1, b - a)).masked_fill_(self._hidden(a, b, first, last), NEVER)
+            x.unflatten(1, (-1, b - a)).add_(self._mask(a, b, first, last))
         return x
 
-    def diagonal(self, a: int, b: int, reference: Tensor | float) -> Tensor:
-        """The same for columns a to b, from the queries themselves; `reference` [P, G, rows, 1]."""
+    def diagonal(self, a: int, b: int, reference: Tensor | None) -> Tensor:
+        """The same for columns a to b, with the reference [P, G, rows, 1] if there is one."""
         rows = self.queries[:, :, a:b].flatten(1, 2)
         keys = self.keys[:, a:b, : self.width].mT
         x = self._take(rows.shape[1], b - a)
         torch.bmm(rows, keys, out=x)
         per_head = x.unflatten(1, (-1, b - a))
         if self.sums is not None:
-            per_head += (self.sums[..., a:b, None] - self.sums[..., None, a:b]).to(x.dtype)
-        per_head.sub_(reference).masked_fill_(self._hidden(a, b, a, b), NEVER)
+            sums = self.sums[..., a:b]
+            high = sums.to(x.dtype)
+            low = (sums - high).to(x.dtype)
+            per_head += high[..., :, None] - high[..., None, :]
+            per_head += low[..., :, None] - low[..., None, :]
+        if reference is not None:
+            per_head.sub_(reference)
+        per_head += self._mask(a, b, a, b)
         return x
 
     def _take(self, rows: int, columns: int) -> Tensor:
@@ -188,14 +194,16 @@ class Run:
         """exp2(x) in place, zero where it is negligible."""
         return (torch.threshold_(x, self.floor, NEVER) if faint else x).exp2_()
 
-    def _hidden(self, a: int, b: int, first: int, last: int) -> Tensor:
-        """Which pairs of rows a to b and columns first to last do not see each other."""
+    def _mask(self, a: int, b: int, first: int, last: int) -> Tensor:
+        """-inf for pairs of rows a to b and columns first to last that do not see each other, zero for the others."""
         row = torch.arange(a, b, device=self.keys.device)[:, None]
         column = torch.arange(first, last, device=self.keys.device)
         hidden = column > row
         if self.window is not None:
             hidden |= column <= row - self.window
-        return hidden if self.since is None else hidden | (column < self.since[..., a:b, None])
+        if self.since is not None and bool((self.since[..., b - 1] > first).any()):
+            hidden = hidden | (column < self.since[..., a:b, None])
+        return self.keys.new_zeros(hidden.shape).masked_fill_(hidden, NEVER)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, window: int | None, piece: Piece) -> Run:

@@ -147,38 +147,40 @@ def backward(
     output_mask: list[bool],
 ) -> Gradients:
     """Gradients in chunks of q, k, v, s and g, and those of the initial states; `factor` is the scale inside c.q."""
-    need_q, need_k, need_v, need_s, need_g, need_states = *output_mask[:5], output_mask[5] or output_mask[6]
-    inner = need_k or need_s or need_g or need_states
+    need_q, need_k, need_v, need_s, need_g, need_first, need_second = output_mask
+    written = need_s or need_g
     dq = dk = dv = ds = dg = dstates_k = dstates_v = dinitial_k = dinitial_v = None
     scores = c.q @ c.k.mT
     earlier = first_pass(c, scores, states_k) if earlier is None else earlier
     p = (earlier + spread_own(own_scores(scores), c.s)).softmax(-1)
     enter = under(c.decay.from_start, p)
-    if need_k or need_v or need_s or need_g or need_states:
+    if need_v or written or need_second:
         updates = (p * enter).mT @ do
         dstates_v, dinitial_v = c.layout.scan(updates, c.decay.total.mT, entering(dfinal_v, c.dtype), reverse=True)
-    reads_v = readers(p, c.decay) if need_v or need_s or need_g else None
+    if need_v or written:
+        reads_v = readers(p, c.decay)
     if need_v:
         dv = contract(reads_v, c.s).mT @ do
         add_product_(dv, c.written, dstates_v)
-    if not (need_q or inner):
+    if not (need_q or need_k or written or need_first):
         return dq, dk, dv, ds, dg, dinitial_k, dinitial_v
 
     dproducts = do @ c.v.mT
     dearlier = add_product_(spread(dproducts, c.s, c.decay), do, states_v.mT, enter)
     dp = dearlier + spread_own(own_scores(dproducts), c.s)
     dx = p * (dp - (p * dp).sum(-1, keepdim=True))
-    if inner:
+    if need_k or written or need_first:
         updates = c.q.mT @ (dx * enter)
         dstates_k, dinitial_k = c.layout.scan(updates, c.decay.total, entering(dfinal_k, c.dtype), reverse=True)
-    reads_k = readers(dx, c.decay)
+    if need_q or need_k or written:
+        reads_k = readers(dx, c.decay)
     if need_q or need_k:
         dscores = contract(reads_k, c.s)
         if need_q:
             dq = add_product_(dscores @ c.k, dx * enter, states_k.mT).mul_(factor)
         if need_k:
             dk = add_product_(dscores.mT @ c.q, c.written, dstates_k.mT)
-    if need_s or need_g:
+    if written:
         across = c.v @ dstates_v.mT
         across.add_(c.k @ dstates_k).mul_(c.decay.to_end)
         ds = spread_back(dproducts, reads_v, c.decay) + spread_back(scores, reads_k, c.decay)
