@@ -135,16 +135,8 @@ def pools(state: Tensor, z: Tensor) -> None:
 def pair(initial_state: Tensor | None, initial_z: Tensor | None, normalize: bool) -> None:
     """A normalised run starts from both parts of a state or from none; any other run has no z."""
     wanted = "(kv [N, H, K, V], z [N, 1, H, K])"
-    if normalize:
-        torch._check_value(
-            (initial_state is None) == (initial_z is None),
-            lambda: (
-                f"with normalize=True, initial_state must be a pair {wanted}, got "
-                f"{'no initial_z' if initial_z is None else 'initial_z alone'}"
-            ),
-        )
-    else:
-        torch._check_value(
-            initial_z is None,
-            lambda: f"with normalize=False, initial_state must be kv [N, H, K, V] alone, got a pair {wanted}",
-        )
+    if normalize and (initial_state is None) != (initial_z is None):
+        got = "no initial_z" if initial_z is None else "initial_z alone"
+        raise ValueError(f"with normalize=True, initial_state must be a pair {wanted}, got {got}")
+    if not normalize and initial_z is not None:
+        raise ValueError(f"with normalize=False, initial_state must be kv [N, H, K, V] alone, got a pair {wanted}")
