@@ -1,10 +1,9 @@
 """attn on a CPU, heads first and cut into tiles: blocks of rows against the columns that hold something visible.
 
 The decay between a row and a column before its block, whose first row is a, is split: G_i - G_j = (G_i - G_a) + (G_a -
-G_j). float32
-holds both parts, and they enter the scores as channels of the matrix product: the keys carry G_a - G_j for each query
-head of the group and a one, the queries pick theirs and carry G_i - G_a less the row's reference. Only inside the
-diagonal block, where the parts could cancel, is the difference itself needed.
+G_j). float32 holds both parts, and they enter the scores as channels of the matrix product: the keys carry G_a - G_j
+for each query head of the group and a one, the queries pick theirs and carry G_i - G_a less the row's reference. Only
+inside the diagonal block, where the parts could cancel, is the difference itself needed.
 
 Scores and decays are logarithms to base two: on a CPU exp2 takes -inf in its stride, and exp does not.
 """

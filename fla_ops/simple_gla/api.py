@@ -50,8 +50,7 @@ def chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu:
             see the module's docstring.
         chunk_size: steps in a chunk, a power of two from 16 to 256. A matter of speed, not of the result: a kernel
-        may cut a
-            chunk into smaller tiles.
+            may cut a chunk into smaller tiles.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state or None.
@@ -166,8 +165,7 @@ def parallel_simple_gla(
     Args:
         q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: see the module's docstring.
         output_attentions: also return attn_ij = scale * exp(G_i - G_j) q_i . k_j for j <= i in one sequence, else 0,
-        with G
-            the running sum of g.
+            with G the running sum of g.
 
     Returns:
         o [B, T, H, V] and attn [B, H, T, T] (or None), both in v's dtype.
@@ -194,10 +192,9 @@ def simple_gla_step_(
         q, k: [N, HK, K]. v: [N, H, V]. g: [N, H]. g_gamma: [H]. scale: as in the module's docstring.
         state: [P, H, K, V], float32, bfloat16 or float16; the arithmetic is float32.
         slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
-        written for it
-            and its output is zero. None means row n for sequence n, and P = N. A slot outside the pool is a
-            ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills that output
-            row with NaN.
+            written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside the
+            pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills
+            that output row with NaN.
 
     Returns:
         o [N, H, V] in v's dtype.
@@ -229,8 +226,7 @@ def simple_gla(
 
     Args:
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        chunk_size,
-            reverse: as for the forms.
+            chunk_size, reverse: as for the forms.
         mode: "auto", or one of "chunk", "fused_chunk", "fused_recurrent", "parallel". A named form is used or refused.
 
     Returns:
