@@ -30,6 +30,8 @@ class LightningAttention(nn.Module):
         super().__init__()
         self.layer_idx, self.num_layers = layer.layer_idx, layer.num_hidden_layers
         self.num_heads = layer.num_attention_heads
+        decay = fla_ops.lightning_decay(self.num_heads, self.layer_idx, self.num_layers, "alibi")
+        self.register_buffer("decay", decay.to(layer.out_proj.weight.device), persistent=False)
         self.act_fn, self.norm = layer.act_fn, layer.norm
         self.qkv_proj, self.out_proj, self.output_gate = layer.qkv_proj, layer.out_proj, layer.output_gate
 
@@ -47,12 +49,10 @@ class LightningAttention(nn.Module):
             qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (self.num_heads, -1)).chunk(3, -1)
         state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
-        layer = (self.layer_idx, self.num_layers)
         if state is not None and q.shape[1] == 1:
-            decay = fla_ops.lightning_decay(self.num_heads, *layer, "alibi", device=q.device)
-            o = fla_ops.simple_gla_step_(q[:, 0], k[:, 0], v[:, 0], state, g_gamma=decay, scale=1.0)[:, None]
+            o = fla_ops.simple_gla_step_(q[:, 0], k[:, 0], v[:, 0], state, g_gamma=self.decay, scale=1.0)[:, None]
         else:
-            keep = past_key_values is not None
+            layer, keep = (self.layer_idx, self.num_layers), past_key_values is not None
             o, state = fla_ops.lightning_attn(q, k, v, *layer, 1.0, state, keep, slopes="alibi")
         if past_key_values is not None:
             past_key_values.set_linear_cache(self.layer_idx, state)
@@ -151,16 +151,19 @@ def main() -> None:
     print(f"{arguments.tokens} tokens after {arguments.time}: {'the same' if same else 'DIFFERENT'} from both models")
 
     sizes = (prompt, hidden, arguments.tokens, arguments.repeats)
-    for how in ("eager", "compiled") if arguments.compile else ("eager",):
-        if how == "compiled":
-            for model in (theirs, ours):
-                for layer in lightning_layers(model):
-                    layer.compile()
-        print(f"\nmilliseconds, {how:38s}transformers   fla_ops")
-        for (what, their_time), our_time in zip(
-            times(theirs, *sizes).items(), times(ours, *sizes).values(), strict=True
-        ):
-            print(f"  {what:48s}{their_time:12.2f}{our_time:10.2f}")
+    show("eager", times(theirs, *sizes), times(ours, *sizes))
+    if arguments.compile:
+        for model in (theirs, ours):
+            for layer in lightning_layers(model):
+                layer.compile()
+        show("compiled", times(theirs, *sizes), times(ours, *sizes))
+
+
+def show(how: str, theirs: dict[str, float], ours: dict[str, float]) -> None:
+    """Print the times of both models."""
+    print(f"\nmilliseconds, {how:38s}transformers   fla_ops")
+    for what, milliseconds in theirs.items():
+        print(f"  {what:48s}{milliseconds:12.2f}{ours[what]:10.2f}")
 
 
 if __name__ == "__main__":

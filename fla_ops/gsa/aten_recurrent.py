@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fla_ops.common import pools
 from fla_ops.common.chunks import runs
 from fla_ops.simple_gla.checks import slot_values
 
@@ -33,8 +34,8 @@ class Steps:
 
     def write(self, t: int, state_k: Tensor, state_v: Tensor) -> None:
         """Both states take in step t, in place."""
-        state_k.baddbmm_(self.k[t].unsqueeze(2), self.s[t].unsqueeze(1))
-        state_v.baddbmm_(self.s[t].unsqueeze(2), self.v[t].unsqueeze(1))
+        state_k.addcmul_(self.k[t].unsqueeze(2), self.s[t].unsqueeze(1))
+        state_v.addcmul_(self.s[t].unsqueeze(2), self.v[t].unsqueeze(1))
 
 
 def forward(q, k, v, s, g, scale, initial_k, initial_v, output_final_state, reverse, cu_seqlens, cu_seqlens_cpu):
@@ -132,28 +133,23 @@ def _slot_gradient(c: Steps, t: int, dstates: tuple[Tensor, Tensor], out: Tensor
 
 
 def step(q, k, v, s, g, state_k, state_v, scale, slots):
-    """One step for N sequences, rows of both pools updated in place; sequence by sequence, while it is in the cache."""
-    checks.step(q, k, v, s, g, state_k, state_v, slots)
-    rows = list(range(len(q))) if slots is None else slot_values(slots, len(state_k))
-    dtype, heads = compute_dtype(v), v.shape[1]
-    c = Steps(
-        range(len(q)),
-        q.to(dtype).unflatten(1, (heads, -1)) * scale_of(q, scale),
-        *(x.to(dtype) for x in (k, v, s)),
-        g.to(dtype).exp(),
-    )
-    o = c.v.new_zeros((*c.q.shape[:3], v.shape[2]))
-    for n, row in enumerate(rows):
-        if row < 0:
-            continue
-        held = state_k[row], state_v[row]
-        current = [x.to(dtype) for x in held]
-        c.fade(n, *current)
-        c.write(n, *current)
-        torch.bmm((c.q[n] @ current[0]).softmax(-1), current[1], out=o[n])
-        for x, y in zip(held, current, strict=True):
-            if x is not y:
-                x.copy_(y)
+    """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache."""
+    checks.launch_step(q, k, v, s, g, state_k, state_v, slots)
+    sequences, heads, value_width = v.shape
+    rows = list(range(sequences)) if slots is None else slot_values(slots, len(state_k))
+    dtype = compute_dtype(v)
+    queries = q.to(dtype).unflatten(1, (heads, -1)) * scale_of(q, scale)
+    keys, values, weights = (x.to(dtype) for x in (k, v, s))
+    decay = g.to(dtype).exp()
+    o = values.new_zeros((*queries.shape[:3], value_width))
+    for some, at in pools.blocks(rows, heads * s.shape[2] * (q.shape[2] + value_width)):
+        held_k, held_v = state_k[at], state_v[at]
+        current_k, current_v = held_k.to(dtype), held_v.to(dtype)
+        current_k.mul_(decay[some].unsqueeze(-2)).addcmul_(keys[some].unsqueeze(-1), weights[some].unsqueeze(-2))
+        current_v.mul_(decay[some].unsqueeze(-1)).addcmul_(weights[some].unsqueeze(-1), values[some].unsqueeze(-2))
+        o[some] = torch.matmul(torch.matmul(queries[some], current_k).softmax(-1), current_v)
+        pools.update(state_k, at, held_k, current_k)
+        pools.update(state_v, at, held_v, current_v)
     return o.flatten(1, 2).to(v.dtype)
 
 

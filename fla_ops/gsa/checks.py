@@ -126,6 +126,38 @@ def step(
     valid.same_device(q, k=k, v=v, s=s, g=g, state_k=state_k, state_v=state_v, slots=slots)
 
 
+def launch_step(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor, slots: Tensor | None
+) -> None:
+    """`step` for real sizes: one plain comparison when the common call is right, the full checks otherwise."""
+    heads, width = v.shape[:2], s.shape[-1]
+    if (
+        q.dim() == k.dim() == v.dim() == s.dim() == 3
+        and k.shape[:2] == heads
+        and s.shape == g.shape
+        and s.shape[:2] == heads
+        and q.shape[0] == heads[0]
+        and q.shape[2] == k.shape[2]
+        and 0 not in (*q.shape[1:], *v.shape[1:], width)
+        and q.shape[1] % heads[1] == 0
+        and state_k.shape[1:] == (heads[1], k.shape[2], width)
+        and state_v.shape[1:] == (heads[1], width, v.shape[2])
+        and q.dtype == k.dtype == v.dtype
+        and all(x.dtype in valid.FLOATS for x in (q, s, g))
+        and state_k.dtype in valid.FLOATS[1:]
+        and state_v.dtype in valid.FLOATS[1:]
+        and q.device == k.device == v.device == s.device == g.device == state_k.device == state_v.device
+        and state_k.shape[0] == state_v.shape[0]
+        and (
+            state_k.shape[0] == heads[0]
+            if slots is None
+            else slots.shape == heads[:1] and slots.dtype in (torch.int32, torch.int64) and slots.device == q.device
+        )
+    ):
+        return
+    step(q, k, v, s, g, state_k, state_v, slots)
+
+
 def _widths(query_heads: int, heads: int, key_width: int, value_width: int, slots: int) -> None:
     valid.positive("q", query_heads, "HQ")
     valid.positive("q", key_width, "K")

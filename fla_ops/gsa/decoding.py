@@ -89,7 +89,7 @@ def gsa_decoding_kernel(
 
 def step(q, k, v, s, g, state_k, state_v, scale, slots):
     """o [N, HQ, V] in v's dtype; row slots[n] of both pools is updated for sequence n."""
-    checks.step(q, k, v, s, g, state_k, state_v, slots)
+    checks.launch_step(q, k, v, s, g, state_k, state_v, slots)
     refuse_float64(q)
     sequences, query_heads, key_width = q.shape
     heads, value_width, width = v.shape[1], v.shape[2], s.shape[2]

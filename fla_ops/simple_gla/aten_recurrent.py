@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla_ops.common import pools
 from fla_ops.common.chunks import runs
 
 from . import checks
@@ -88,10 +89,11 @@ def backward(
 
 
 def step(q, k, v, state, g, g_gamma, scale, slots):
-    """One step for N sequences, state rows updated in place; sequence by sequence, while its state is in the cache."""
-    checks.step(q, k, v, state, g, g_gamma, slots)
-    rows = list(range(len(q))) if slots is None else checks.slot_values(slots, len(state))
-    dtype, heads, groups = compute_dtype(v), v.shape[1], v.shape[1] // k.shape[1]
+    """One step for N sequences, state rows updated in place, block by block while these are in the cache."""
+    checks.launch_step(q, k, v, state, g, g_gamma, slots)
+    sequences, heads, width = v.shape
+    rows = list(range(sequences)) if slots is None else checks.slot_values(slots, len(state))
+    dtype, groups = compute_dtype(v), heads // k.shape[1]
     queries, keys = (x.to(dtype).repeat_interleave(groups, 1) if groups > 1 else x.to(dtype) for x in (q, k))
     queries, values = (queries * _step_scale(q, scale)).unsqueeze(2), v.to(dtype).unsqueeze(2)
     keys = keys.unsqueeze(3)
@@ -99,17 +101,16 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     if g is not None:
         decay = g.to(dtype).exp()[..., None, None]
     elif g_gamma is not None:
-        decay = g_gamma.to(dtype).exp()[:, None, None].expand(len(rows), heads, 1, 1)
-    o = values.new_zeros(values.shape)
-    for n, row in enumerate(rows):
-        if row < 0:
-            continue
-        held = state[row]
+        decay = g_gamma.to(dtype).exp()[:, None, None].expand(sequences, heads, 1, 1)
+    o = (values.new_empty if slots is None else values.new_zeros)(values.shape)
+    for some, at in pools.blocks(rows, heads * q.shape[2] * width):
+        held = state[at]
         current = held.to(dtype)
-        _advance(current, keys[n, :, :, 0], values[n, :, 0], None if decay is None else decay[n])
-        torch.bmm(queries[n], current, out=o[n])
-        if current is not held:
-            held.copy_(current)
+        if decay is not None:
+            current.mul_(decay[some])
+        current.addcmul_(keys[some], values[some])
+        o[some] = torch.matmul(queries[some], current)
+        pools.update(state, at, held, current)
     return o.squeeze(2).to(v.dtype)
 
 
@@ -125,7 +126,7 @@ def _advance(state: Tensor, key: Tensor, value: Tensor, decay: Tensor | None) ->
     """S <- decay S + k v^T, in place."""
     if decay is not None:
         state.mul_(decay)
-    state.baddbmm_(key.unsqueeze(2), value.unsqueeze(1))
+    state.addcmul_(key.unsqueeze(2), value.unsqueeze(1))
 
 
 def _time_first(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:

@@ -133,6 +133,42 @@ def step(
     valid.same_device(q, k=k, v=v, state=state, g=g, g_gamma=g_gamma, slots=slots)
 
 
+def launch_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    slots: Tensor | None,
+) -> None:
+    """`step` for real sizes: one plain comparison when the common call is right, the full checks otherwise."""
+    sizes, heads = q.shape, v.shape[:2]
+    if (
+        len(sizes) == v.dim() == 3
+        and k.shape == sizes
+        and heads == sizes[:2]
+        and state.shape[1:] == (*sizes[1:], v.shape[2])
+        and 0 not in (*sizes[1:], v.shape[2])
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in valid.FLOATS
+        and state.dtype in valid.FLOATS[1:]
+        and q.device == k.device == v.device == state.device
+        and (g is None or (g_gamma is None and g.shape == heads and g.dtype in valid.FLOATS and g.device == q.device))
+        and (
+            g_gamma is None
+            or (g_gamma.shape == heads[1:] and g_gamma.dtype in valid.FLOATS and g_gamma.device == q.device)
+        )
+        and (
+            state.shape[0] == sizes[0]
+            if slots is None
+            else slots.shape == sizes[:1] and slots.dtype in (torch.int32, torch.int64) and slots.device == q.device
+        )
+    ):
+        return
+    step(q, k, v, state, g, g_gamma, slots)
+
+
 def slot_values(slots: Tensor, pool: int) -> list[int]:
     """The slots as integers, checked in full. For host tensors."""
     values: list[int] = slots.tolist()

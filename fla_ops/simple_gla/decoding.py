@@ -58,7 +58,7 @@ def decoding_kernel(
 
 def step(q, k, v, state, g, g_gamma, scale, slots):
     """o [N, H, V] in v's dtype; row slots[n] of state [P, H, K, V] is updated for sequence n."""
-    checks.step(q, k, v, state, g, g_gamma, slots)
+    checks.launch_step(q, k, v, state, g, g_gamma, slots)
     refuse_float64(q)
     sequences, key_heads, key_width = q.shape
     heads, value_width = v.shape[1:]
