@@ -38,7 +38,7 @@ def device_class(index: int | None) -> str:
     major, _ = torch.cuda.get_device_capability(index)
     if major < 8:
         raise RuntimeError(f"the kernels need compute capability 8.0 or newer, got {major}.x on cuda:{index}")
-    # Cards of 8.6, 8.9 and 12.x have less shared memory than the nearest class; Triton says so if it matters.
+    # Cards of 8.6, 8.9 and 12.x have 99 KiB of shared memory, which every entry of sm_80 stays below.
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 

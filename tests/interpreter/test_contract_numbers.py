@@ -7,7 +7,7 @@ import torch
 
 from tests.cases import EXPORT, INDUCTOR, SMALL, Case, cases
 from tests.contract import test_bits, test_numbers
-from tests.contract.helpers import INTERPRETED
+from tests.contract.helpers import INTERPRETED, is_composite
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -27,7 +27,8 @@ def fewer(case: Case) -> Case:
 
 # A dispatcher runs the kernels of the others.
 CASES = [fewer(case) for case in cases(tag=SMALL) if not takes(case, "mode")]
-HALF = [case.resized(B=1) if "B" in case.sizes else case for case in CASES if case.tags & {EXPORT, INDUCTOR}]
+KERNELS = [case for case in CASES if not is_composite(case)]
+HALF = [case.resized(B=1) if "B" in case.sizes else case for case in KERNELS if case.tags & {EXPORT, INDUCTOR}]
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -42,6 +43,6 @@ def test_bfloat16(case: Case) -> None:
     test_numbers.check_numbers(case, "cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "cu_seqlens" in case.given], ids=str)
+@pytest.mark.parametrize("case", [case for case in KERNELS if "cu_seqlens" in case.given], ids=str)
 def test_a_sequence_alone_or_in_a_pack_of_the_kernels(case: Case) -> None:
     test_bits.test_a_sequence_alone_or_in_a_pack(case, "cpu", torch.float32)
