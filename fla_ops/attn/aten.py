@@ -11,7 +11,7 @@ from . import checks, decay
 from .aten_tiles import LOG2E, Piece, Run, Tile, compute_dtype, pieces, prepare, query_heads, set_query_heads
 from .decay import REST
 
-RESCALE = 40.0  # in powers of two: a score may exceed its row's reference by this before the sums are rescaled
+LARGE = 2.0**40  # a row's weights in one tile may add up to this before they are taken relative to a larger score
 
 
 def forward(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias, output_rest):
@@ -94,17 +94,20 @@ def _attend(run: Run) -> tuple[Tensor, Tensor]:
         if tiles:
             rows = run.extended(a, b, tiles[0].first, reference.unflatten(1, (group, -1)))
         for tile in reversed(tiles):
-            x = run.scores(rows, a, tile)
-            if float(x.amax()) > RESCALE:
+            weights = run.weights(run.scores(rows, a, tile), tile.faint)
+            added = weights.sum(-1, keepdim=True)
+            if float(added.amax()) > LARGE:
+                x = run.scores(rows, a, tile)
                 peak = x.amax(-1, keepdim=True)
-                excess = torch.where(peak > RESCALE, peak, 0)
+                excess = torch.where(peak > 0, peak, 0)
                 x.sub_(excess)
                 rows[..., -1:] -= excess
                 reference += excess
                 total *= (-excess).exp2_()
                 out *= (-excess).exp2_()
-            weights = run.weights(x, tile.faint)
-            total += weights.sum(-1, keepdim=True)
+                weights = run.weights(x, tile.faint)
+                added = weights.sum(-1, keepdim=True)
+            total += added
             out.baddbmm_(weights, run.values[:, tile.first : tile.last])
         outputs[:, :, a:b] = out.div_(total).unflatten(1, (group, -1))
         logs[:, :, a:b] = total.log2_().add_(reference).div_(LOG2E).unflatten(1, (group, -1))
