@@ -96,6 +96,20 @@ def goals(found: Row) -> str:
     return grid(["target", "at least", "measured", ""], lines)
 
 
+def memory(found: Row) -> str:
+    """What chunk_gsa keeps for its gradient at each checkpoint level."""
+    lines = [
+        [str(r["level"]), f"{r['kept_mib']:.2f}", milliseconds(r["median_ms"])] for r in found["checkpoint_levels"]
+    ]
+    return grid(["checkpoint_level", "kept beside the inputs, MiB", "forward+backward"], lines)
+
+
+def pruning(found: Row) -> str:
+    """What parallel_attn computes under decays."""
+    lines = [[r["decay"], f"{r['share']:.0%}", milliseconds(r["median_ms"])] for r in found["pruning"]]
+    return grid(["decay", "products computed, of those without decay", "forward"], lines)
+
+
 def calls(found: Row) -> str:
     """The price of a call, and of the first one."""
     columns = ("call_us", "kernel_us", "beyond_us", "training_call_us")
@@ -131,7 +145,8 @@ def plots(found: Row) -> str:
 
 
 PARTS: dict[str, Callable[[Row], str]] = {
-    "about": about, "comparisons": comparisons, "targets": goals, "slower": slower, "calls": calls,
+    "about": about, "comparisons": comparisons, "targets": goals, "slower": slower, "memory": memory,
+    "pruning": pruning, "calls": calls,
     "lengths": lengths, "plots": plots,
 }  # fmt: skip
 

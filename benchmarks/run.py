@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from . import machine, plots, sections, table, targets
+from . import details, machine, plots, sections, table, targets
 from .ceilings import Ceilings, measure_ceilings
 from .contenders import COMPILED, EAGER, INLINED
 from .groups import Settings, group
 from .problems import Problem, problems
 
-SECTIONS = ("rows", "overhead", "first-call", "sweep")
+SECTIONS = ("rows", "details", "overhead", "first-call", "sweep")
 QUICK_SECTIONS = ("rows", "overhead")
 QUICK_SECONDS, SECONDS = 0.4, 3.0
 
@@ -44,6 +44,8 @@ class Run:
             "quick": options.quick,
             "seconds": self.settings.seconds,
             "rows": [],
+            "checkpoint_levels": [],
+            "pruning": [],
             "overhead": [],
             "first_call": [],
             "sweep": [],
@@ -90,6 +92,8 @@ class Run:
         if "rows" in self.sections:
             self._rows(chosen, ceilings, progress)
         operators = {p.operator: p for p, _ in reversed(chosen)}
+        if "details" in self.sections:
+            self._details(operators, progress)
         if "overhead" in self.sections:
             self._overhead(list(reversed(operators.values())), progress)
         if "first-call" in self.sections:
@@ -109,6 +113,23 @@ class Run:
                 print(table.comparison(rows), flush=True)
                 self.results["rows"] += rows
                 self.save()
+
+    def _details(self, operators: dict[str, Problem], progress: table.Progress) -> None:
+        if "chunk_gsa" in operators and not self.late():
+            with self.survived("checkpoint levels", progress):
+                found = self.results["checkpoint_levels"] = details.checkpoint_levels(self.settings)
+                lines = [[str(r["level"]), f"{r['kept_mib']:.2f}", table.milliseconds(r["median_ms"])] for r in found]
+                header = ["checkpoint_level", "kept MiB", "forward+backward"]
+                print(
+                    f"\nchunk_gsa {table.sizes(found[0])}: what is kept for the gradient\n{table.grid(header, lines)}"
+                )
+        if "parallel_attn" in operators and self.device.type == "cpu" and not self.late():
+            with self.survived("pruning", progress):
+                found = self.results["pruning"] = details.pruning(self.settings)
+                lines = [[r["decay"], f"{r['share']:.0%}", table.milliseconds(r["median_ms"])] for r in found]
+                header = ["decay", "of the products", "forward"]
+                print(f"\nparallel_attn {table.sizes(found[0])}: what is computed\n{table.grid(header, lines)}")
+        self.save()
 
     def _overhead(self, chosen: list[Problem], progress: table.Progress) -> None:
         if self.late():

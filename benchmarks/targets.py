@@ -12,7 +12,7 @@ Row = dict[str, Any]
 CHUNK = "chunk_simple_gla"
 STEP = "simple_gla_step_"
 EAGER = "fla_ops eager"
-NAIVE, MAMBA = "fla-core naive_chunk", "transformers Mamba-2"
+NAIVE, MAMBA, SOFTMAX = "fla-core naive_chunk", "transformers Mamba-2", "softmax attention"
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ CPU = (
     Target("chunk forward+backward, likewise", 2.0, _faster_than(TRAINING, MAMBA)),
     Target("chunk forward compiled, share of a matrix product's rate", 0.30, _of_product),
     Target("decode step, speed relative to a copy of the state", 0.90, _faster_than(DECODE, "copy of the state", STEP)),
+    Target("parallel_attn with decay, forward, speed relative to PyTorch's plain causal attention", 1 / 1.3,
+           _faster_than(FORWARD, SOFTMAX, "parallel_attn")),
+    Target("parallel_attn with decay, forward+backward, likewise", 1 / 1.6,
+           _faster_than(TRAINING, SOFTMAX, "parallel_attn")),
     Target("chunk forward in bfloat16, speed relative to float32", 1.0, _half),
-)
+)  # fmt: skip
 
 
 def check(rows: Sequence[Row], device: str, quick: bool) -> list[dict[str, Any]]:
