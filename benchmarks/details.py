@@ -1,4 +1,4 @@
-"""What a table of times does not show: what is kept for a gradient, and the work that a decay saves softmax attention."""
+"""What a table of times does not show: what is kept for a gradient, and the work that decay saves softmax attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoint_levels(settings: Settings) -> list[Row]:
     rows, calls = [], []
     for level in (0, 1, 2):
         at_level = inputs | {"checkpoint_level": level}
-        rows.append({"level": level, "sizes": dict(problem.sizes), "kept_mib": _kept(at_level) / 2**20})
+        rows.append({"level": str(level), "sizes": dict(problem.sizes), "kept_mib": _kept(at_level) / 2**20})
         calls.append(ours(problem, TRAINING, EAGER, [at_level], str(level)))
     measure(calls, settings.device, settings.seconds)
     return [row | {"median_ms": call.median * 1e3} for row, call in zip(rows, calls, strict=True)]

@@ -98,9 +98,7 @@ def goals(found: Row) -> str:
 
 def memory(found: Row) -> str:
     """What chunk_gsa keeps for its gradient at each checkpoint level."""
-    lines = [
-        [str(r["level"]), f"{r['kept_mib']:.2f}", milliseconds(r["median_ms"])] for r in found["checkpoint_levels"]
-    ]
+    lines = [[r["level"], f"{r['kept_mib']:.2f}", milliseconds(r["median_ms"])] for r in found["checkpoint_levels"]]
     return grid(["checkpoint_level", "kept beside the inputs, MiB", "forward+backward"], lines)
 
 

@@ -118,7 +118,7 @@ class Run:
         if "chunk_gsa" in operators and not self.late():
             with self.survived("checkpoint levels", progress):
                 found = self.results["checkpoint_levels"] = details.checkpoint_levels(self.settings)
-                lines = [[str(r["level"]), f"{r['kept_mib']:.2f}", table.milliseconds(r["median_ms"])] for r in found]
+                lines = [[r["level"], f"{r['kept_mib']:.2f}", table.milliseconds(r["median_ms"])] for r in found]
                 header = ["checkpoint_level", "kept MiB", "forward+backward"]
                 print(
                     f"\nchunk_gsa {table.sizes(found[0])}: what is kept for the gradient\n{table.grid(header, lines)}"

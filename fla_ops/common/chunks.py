@@ -104,9 +104,13 @@ class DenseChunks(_Chunks):
         """The inverse of split."""
         _, _, heads, _, width = y.shape
         x = y.new_empty((self.batch, self.time, heads, width), dtype=dtype)
+        self.write(y, x)
+        return x
+
+    def write(self, y: Tensor, x: Tensor) -> None:
+        """The same into x [B, T, heads, D]."""
         for chunked, flat in self._pieces(y, x):
             flat.copy_(chunked)
-        return x
 
     def _pieces(self, chunked: Tensor, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of both layouts over the same elements: the whole chunks, and the tail."""

@@ -49,6 +49,21 @@ class Factors:
     total: Tensor  # [..., 1, 1]
 
 
+def chunk_size(g: Tensor, largest: int) -> int:
+    """The largest chunk size up to `largest`, at least 16, whose chunks of g [B, T, heads] all split into factors;
+    `largest` where there is none. Reads the values.
+    """
+    sizes, padded = [largest], g
+    if g.shape[1] % largest:
+        padded = torch.nn.functional.pad(g, (0, 0, 0, -g.shape[1] % largest))
+    while sizes[-1] >= 32:
+        sizes.append(sizes[-1] // 2)
+    for size in sizes:
+        if g.numel() == 0 or -padded.unflatten(1, (-1, size)).sum(2).amin() < SPLIT[torch.float32]:
+            return size
+    return largest
+
+
 def factors(g: Tensor) -> Factors | None:
     """The split form of log decays g [..., C], or None where a chunk decays too strongly for it. Reads the values:
     eager code only.

@@ -1,4 +1,7 @@
-"""simple_gla on a CPU: the chunk form, and the fused form that runs it segment by segment with a carried state."""
+"""simple_gla on a CPU: sequences of a dense batch go segment by segment with a carried state, so that what a segment
+computes stays in the cache. The chunk form keeps the states of all chunks for its gradient, the fused form computes
+them again.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,36 @@ import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
-from fla_ops.common.chunks import Chunks, DenseChunks, PackedChunks, runs
+from fla_ops.common import decay as decays
+from fla_ops.common.chunks import DenseChunks, PackedChunks, runs
 
 from . import checks, chunked
 
-SEGMENT = 8  # chunks in one segment of the fused form: what it reads again is still in the cache
+SEGMENT = 1 << 19  # numbers of one tensor in a segment
 
 
 def chunk_forward(
     q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
 ):
-    """All chunks at once: every product is one batched call; chunk states are kept."""
+    """Dense: segment by segment. Packed: the chunks of all sequences at once."""
     checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    layout = _layout(q, cu_seqlens, chunk_size)
-    return chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    if cu_seqlens is None:
+        return _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, None, chunk_size)
+    layout = _packed(q, cu_seqlens, chunk_size)
+    o, final = chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    return layout.join(o, v.dtype), final
 
 
 def chunk_backward(
     q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
 ):
-    """The gradient of chunk_forward; chunk states are computed again."""
-    layout = _layout(q, cu_seqlens, chunk_size)
-    return chunked.backward(
-        layout, q, k, v, g, g_gamma, initial_state, do, dfinal_state, scale, state_v_first, output_mask
-    )
+    """The gradient of chunk_forward; chunk states are computed again, once."""
+    shared, options = (q, k, v, g, g_gamma, initial_state), (scale, state_v_first)
+    if cu_seqlens is None:
+        return _backward(*shared, None, do, dfinal_state, *options, chunk_size, output_mask, keep=True)
+    layout = _packed(q, cu_seqlens, chunk_size)
+    gradients = chunked.backward(layout, *shared, do, dfinal_state, *options, output_mask)
+    return chunked.joined(layout, gradients, q, k, v)
 
 
 def fused_chunk_forward(
@@ -37,22 +46,50 @@ def fused_chunk_forward(
 ):
     """One segment after the other, so that memory beyond the output does not grow with T."""
     checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    o, final = torch.empty_like(v, memory_format=torch.contiguous_format), []
-    for sequence, start, end in runs(q, cu_seqlens):
-        state = _state_of(initial_state, sequence, q, v, state_v_first)
-        for a, b in _segments(start, end, chunk_size):
-            piece = [None if x is None else x[:, a:b] for x in (q, k, v, g)]
-            o[:, a:b], state = chunked.forward(_dense(piece[0], chunk_size), *piece, g_gamma, scale, state, True, False)
-        final.append(state)
-    if not output_final_state:
-        return o, None
-    return o, chunked.leave_state(torch.cat(final).unflatten(1, (q.shape[2], -1)), state_v_first)
+    options = (scale, initial_state, output_final_state, state_v_first)
+    return _forward(q, k, v, g, g_gamma, *options, cu_seqlens, chunk_size)
 
 
 def fused_chunk_backward(
     q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
 ):
     """The gradient of fused_chunk_forward: a forward walk for the segments' states, then a walk back."""
+    shared, options = (q, k, v, g, g_gamma, initial_state), (scale, state_v_first)
+    return _backward(*shared, cu_seqlens, do, dfinal_state, *options, chunk_size, output_mask, keep=False)
+
+
+def _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, chunk_size):
+    o, final = torch.empty_like(v, memory_format=torch.contiguous_format), []
+    for sequence, start, end in runs(q, cu_seqlens):
+        state = _state_of(initial_state, sequence, q, v, state_v_first)
+        for a, b in _segments(v, start, end, chunk_size):
+            piece = [None if x is None else x[:, a:b] for x in (q, k, v, g)]
+            layout = _dense(*piece[1:], chunk_size)
+            outputs, state = chunked.forward(layout, *piece, g_gamma, scale, state, True, False)
+            layout.write(outputs, o[:, a:b])
+        final.append(state)
+    if not output_final_state:
+        return o, None
+    return o, chunked.leave_state(torch.cat(final).unflatten(1, (q.shape[2], -1)), state_v_first)
+
+
+def _backward(
+    q,
+    k,
+    v,
+    g,
+    g_gamma,
+    initial_state,
+    cu_seqlens,
+    do,
+    dfinal,
+    scale,
+    state_v_first,
+    chunk_size,
+    output_mask,
+    keep,
+):
+    """A walk forwards for the states, of every chunk or (keep=False) only before each segment, then a walk back."""
     need_state, mask = output_mask[5], [*output_mask[:5], True]
     grads = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
@@ -61,21 +98,26 @@ def fused_chunk_backward(
     dgamma = None
     dinitial = []
     for sequence, start, end in runs(q, cu_seqlens):
-        dstate = _state_of(dfinal_state, sequence, q, v, state_v_first)
-        states = [_state_of(initial_state, sequence, q, v, state_v_first)]
-        segments = list(_segments(start, end, chunk_size))
-        for a, b in segments[:-1]:
+        state = _state_of(initial_state, sequence, q, v, state_v_first)
+        dstate = _state_of(dfinal, sequence, q, v, state_v_first)
+        segments = []
+        for a, b in _segments(v, start, end, chunk_size):
             piece = [None if x is None else x[:, a:b] for x in (k, v, g)]
-            states.append(chunked.final_state(_dense(piece[0], chunk_size), *piece, g_gamma, states[-1]))
-        for (a, b), state in zip(reversed(segments), reversed(states), strict=False):
+            layout, before = _dense(*piece, chunk_size), state
+            kept = None
+            if keep or b < end:
+                kept, state = chunked.chunk_states(layout, *piece, g_gamma, before)
+            segments.append((a, b, layout, before, kept if keep else None))
+        for a, b, layout, before, kept in reversed(segments):
             piece = [None if x is None else x[:, a:b] for x in (q, k, v, g)]
-            layout = _dense(piece[0], chunk_size)
-            *found, gamma, dstate = chunked.backward(
-                layout, *piece, g_gamma, state, do[:, a:b], dstate, scale, False, mask
+            *found, dg, gamma, dstate = chunked.backward(
+                layout, *piece, g_gamma, before, do[:, a:b], dstate, scale, False, mask, kept
             )
-            for whole, part in zip(grads, found, strict=True):
+            for whole, part in zip(grads, found, strict=False):
                 if whole is not None:
-                    whole[:, a:b] = part
+                    layout.write(part, whole[:, a:b])
+            if dg is not None:
+                grads[3][:, a:b] = dg
             if gamma is not None:
                 dgamma = gamma if dgamma is None else dgamma + gamma
         dinitial.append(dstate)
@@ -87,18 +129,21 @@ def fused_chunk_backward(
     return *grads, dgamma, dinitial_state.to(initial_state.dtype)
 
 
-def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Chunks:
-    if cu_seqlens is None:
-        return _dense(q, chunk_size)
+def _packed(q: Tensor, cu_seqlens: Tensor, chunk_size: int) -> PackedChunks:
     return PackedChunks(valid.cu_seqlens_values(cu_seqlens, q.shape[1]), chunk_size, q.device)
 
 
-def _dense(x: Tensor, chunk_size: int) -> DenseChunks:
-    return DenseChunks(x.shape[0], x.shape[1], chunk_size)
+def _dense(k: Tensor, v: Tensor, g: Tensor | None, chunk_size: int) -> DenseChunks:
+    """The layout of a segment: smaller chunks where decays only then are mild enough to be split into factors."""
+    if g is not None and k.shape[2] == v.shape[2]:
+        chunk_size = decays.chunk_size(g, chunk_size)
+    return DenseChunks(k.shape[0], k.shape[1], chunk_size)
 
 
-def _segments(start: int, end: int, chunk_size: int) -> list[tuple[int, int]]:
-    size = SEGMENT * chunk_size
+def _segments(v: Tensor, start: int, end: int, chunk_size: int) -> list[tuple[int, int]]:
+    """Whole chunks of all sequences and heads, as many as keep a tensor in the cache."""
+    batch, _, heads, width = v.shape
+    size = chunk_size * max(1, SEGMENT // (batch * heads * chunk_size * width))
     return [(a, min(a + size, end)) for a in range(start, end, size)]
 
 

@@ -40,12 +40,12 @@ def forward(
     output_final_state: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """o [B, T, H, V] in v's dtype, and the final state in the carried dtype."""
+    """o in chunks, [rows, lanes, H, C, V], and the final state, both in the carried dtype."""
     queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
     states, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
     o = _scores(queries, keys, decay) @ values
     _add_product_(o, _reading(queries, decay), states)
-    return layout.join(o.flatten(2, 3), v.dtype), leave_state(final, state_v_first) if output_final_state else None
+    return o.flatten(2, 3), leave_state(final, state_v_first) if output_final_state else None
 
 
 def backward(
@@ -61,15 +61,19 @@ def backward(
     scale: float | None,
     state_v_first: bool,
     output_mask: list[bool],
+    states: Tensor | None = None,
 ) -> Gradients:
-    """The gradients that output_mask asks for, each in its input's dtype; states are recomputed, not saved."""
+    """The gradients that output_mask asks for: dq, dk and dv in chunks (see `joined`), the others as they are returned.
+
+    `states` are those of chunk_states for the same layout and inputs; they are computed here where they are not given.
+    """
     need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
     need_gate = need_g or need_gamma
     queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
     do = layout.split(do, values.dtype).unflatten(2, (k.shape[2], -1))
-    states = dstates = dq = dk = dk_across = dv = dg = dgamma = dstate = None
+    dstates = dq = dk = dk_across = dv = dg = dgamma = dstate = None
 
-    if need_q or need_gate:
+    if states is None and (need_q or need_gate):
         states, _ = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
     if need_k or need_v or need_gate or need_state:
         dfinal = enter_state(dfinal_state, keys, state_v_first)
@@ -86,7 +90,7 @@ def backward(
     if need_v:
         dv = _scores(queries, keys, decay).mT @ do
         _add_product_(dv, _writing(keys, decay), dstates)
-        dv = layout.join(dv.flatten(2, 3), v.dtype)
+        dv = dv.flatten(2, 3)
     if need_gate:
         dg = _gate_gradient(queries, keys, dq, dk, dk_across, states, dstates, decay)
         dg = layout.join(dg.flatten(2, 3)[..., None], dg.dtype if need_gamma else g.dtype).squeeze(-1)
@@ -98,8 +102,8 @@ def backward(
     if need_k and isinstance(decay, Factors):
         dk = dk.mul_(decay.column)
     return (
-        layout.join(_sum_group(dq), q.dtype) if need_q else None,
-        layout.join(_sum_group(dk), k.dtype) if need_k else None,
+        _sum_group(dq) if need_q else None,
+        _sum_group(dk) if need_k else None,
         dv,
         dg if need_g else None,
         dgamma,
@@ -107,13 +111,21 @@ def backward(
     )
 
 
-def final_state(
+def joined(layout: Any, gradients: Gradients, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    """The result of `backward` with dq, dk and dv as [B, T, heads, D], each in its input's dtype."""
+    dq, dk, dv = (
+        None if x is None else layout.join(x, like.dtype) for x, like in zip(gradients, (q, k, v), strict=False)
+    )
+    return dq, dk, dv, *gradients[3:]
+
+
+def chunk_states(
     layout: Any, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, initial_state: Tensor | None
-) -> Tensor:
-    """The state [N, H, K, V] after the layout's steps, without the outputs."""
+) -> tuple[Tensor, Tensor]:
+    """What each chunk of the layout reads, and the state [N, H, K, V] after its steps, without the outputs."""
     _, keys, values, decay = _cut(layout, None, k, v, g, g_gamma, None)
-    _, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, False))
-    return leave_state(final, False)
+    states, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, False))
+    return states, leave_state(final, False)
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

@@ -14,7 +14,8 @@ def forward(
 ):
     """The chunk form; the fused form shares it, since a walk over chunks cannot be traced without fixing T."""
     layout = _layout(q, cu_seqlens, chunk_size)
-    return chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    o, final = chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    return layout.join(o, v.dtype), final
 
 
 def backward(
@@ -22,9 +23,10 @@ def backward(
 ):
     """The gradient of forward."""
     layout = _layout(q, cu_seqlens, chunk_size)
-    return chunked.backward(
+    gradients = chunked.backward(
         layout, q, k, v, g, g_gamma, initial_state, do, dfinal_state, scale, state_v_first, output_mask
     )
+    return chunked.joined(layout, gradients, q, k, v)
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> TracedDense | TracedPacked:
