@@ -53,6 +53,7 @@ SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
 CANDIDATES = {  # values that each threshold may take
     "recurrent_up_to": (0, *LENGTHS[:-1]),
     "parallel_up_to": (0, *LENGTHS[:-1]),
+    "parallel_up_to_rows": (0, 256, 512, 1024, 2048),
     "fused_from_heads": (1, 16, 32, 64, 128, 256),
     "fused_from_time": (1, 65, 256, 512, 1024, 4096, 1 << 20),
 }

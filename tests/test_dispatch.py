@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 import fla_ops
-from fla_ops.launch.crossovers import crossovers
+from fla_ops.simple_gla import forms
 from tests.contract.helpers import ours
 
-CPU = crossovers("simple_gla", "cpu", gradient=False)
-TRAINING = crossovers("simple_gla", "cpu", gradient=True)
+FORWARD = {
+    "recurrent_up_to": 24,
+    "parallel_up_to": 8,
+    "parallel_up_to_rows": 80,
+    "fused_from_heads": 4,
+    "fused_from_time": 65,
+}
+TRAINING = FORWARD | {"recurrent_up_to": 2, "parallel_up_to": 0, "parallel_up_to_rows": 0}
+
+
+@pytest.fixture(autouse=True)
+def thresholds() -> Iterator[None]:
+    """A table made up for these tests: every rule decides something."""
+
+    def crossovers(family: str, device: str, gradient: bool) -> dict[str, int]:
+        assert (family, device) in {("simple_gla", "cpu"), ("simple_gla", "meta")}
+        return TRAINING if gradient else FORWARD
+
+    with mock.patch.object(forms, "crossovers", crossovers):
+        yield
 
 
 def call(time: int = 300, batch: int = 1, heads: int = 2, device: str = "cpu", **arguments: Any) -> dict[str, Any]:
@@ -29,53 +49,32 @@ def chosen(**arguments: Any) -> str:
 @pytest.mark.parametrize(
     ("arguments", "form"),
     [
-        pytest.param(call(time=1), "fused_recurrent", id="one-step"),
-        pytest.param(call(time=CPU["recurrent_up_to"]), "fused_recurrent", id="last-short-length"),
+        pytest.param(call(time=8, batch=20), "parallel", id="few-steps-of-many"),
+        pytest.param(call(time=40), "parallel", id="few-rows-in-all"),
+        pytest.param(call(time=8, output_final_state=True), "fused_recurrent", id="few-steps-with-a-state"),
+        pytest.param(call(time=24, batch=2), "fused_recurrent", id="last-short-length"),
+        pytest.param(call(time=25, batch=2), "chunk", id="first-length-that-is-not-short"),
+        pytest.param(call(time=64, batch=2), "chunk", id="many-heads-for-too-short-a-time"),
+        pytest.param(call(time=65, batch=2), "fused_chunk", id="many-heads"),
+        pytest.param(call(time=5000), "chunk", id="few-heads"),
+        pytest.param(call(cu_seqlens=torch.tensor([0, 1, 300])), "fused_chunk", id="packed-sequences-count-as-batch"),
         pytest.param(call(reverse=True), "fused_recurrent", id="only-one-form-runs-backwards"),
         pytest.param(call(reverse=True, output_final_state=True), "fused_recurrent", id="backwards-with-a-state"),
         pytest.param(call(mode="parallel"), "parallel", id="named"),
         pytest.param(call(mode="chunk", time=1), "chunk", id="named-against-the-preference"),
-        pytest.param(call(time=1, device="meta"), "fused_recurrent", id="one-step-elsewhere"),
+        pytest.param(call(time=24, batch=2, device="meta"), "fused_recurrent", id="elsewhere"),
     ],
 )
 def test_choice(arguments: dict[str, Any], form: str) -> None:
     assert chosen(**arguments) == form
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("time", [2, 40, 300, 5000])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_choice_follows_the_crossovers(time: int, gradient: bool, packed: bool) -> None:
-    """The table decides, by length and by heads; any form that refuses is passed over."""
-    arguments = call(time=time)
-    if packed:
-        arguments["cu_seqlens"] = torch.tensor([0, 1, time])
-    if gradient:
-        arguments["v"].requires_grad_()
-    table, heads = (TRAINING if gradient else CPU), 2 * (2 if packed else 1)
-    if time <= table["recurrent_up_to"]:
-        expected = "fused_recurrent"
-    elif time <= table["parallel_up_to"]:
-        expected = "parallel"
-    elif heads >= table["fused_from_heads"] and time >= table["fused_from_time"]:
-        expected = "fused_chunk"
-    else:
-        expected = "chunk"
-    assert chosen(**arguments) == expected
-    arguments |= {"output_final_state": True}
-    assert chosen(**arguments) == ("chunk" if expected == "parallel" else expected)
-
-
 def test_gradient_is_wanted_only_where_it_is_recorded() -> None:
-    arguments = call()
+    arguments = call(time=24, batch=2)
     arguments["v"].requires_grad_()
-    length = CPU["recurrent_up_to"]
-    if length == TRAINING["recurrent_up_to"]:
-        pytest.skip("the table makes no difference between training and forward")
-    short = {n: x[:, :length] if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
-    recorded = chosen(**short)
+    assert chosen(**arguments) == "chunk"
     with torch.no_grad():
-        assert chosen(**short) == "fused_recurrent" != recorded
+        assert chosen(**arguments) == "fused_recurrent"
 
 
 def test_explanation_lists_every_refusal() -> None:
@@ -103,7 +102,7 @@ def test_a_symbolic_length_takes_the_general_form_without_a_guard() -> None:
     recorder = AotEagerAndRecordGraphs()
     counter = CompileCounterWithBackend(recorder)
     run = torch.compile(fla_ops.simple_gla, fullgraph=True, backend=counter, dynamic=True)
-    for time in (300, CPU["recurrent_up_to"], 2, 5000):
+    for time in (300, FORWARD["recurrent_up_to"], 2, 5000):
         with torch._dynamo.config.patch(error_on_recompile=time != 300):
             run(**call(time=time, batch=3))
     assert counter.frame_count == 1
@@ -113,5 +112,5 @@ def test_a_symbolic_length_takes_the_general_form_without_a_guard() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_known_length_takes_the_form_that_suits_it() -> None:
     recorder = AotEagerAndRecordGraphs()
-    torch.compile(fla_ops.simple_gla, fullgraph=True, backend=recorder, dynamic=False)(**call(time=2))
+    torch.compile(fla_ops.simple_gla, fullgraph=True, backend=recorder, dynamic=False)(**call(time=24, batch=2))
     assert ours(recorder.fw_graphs) == ["fused_recurrent_simple_gla"]

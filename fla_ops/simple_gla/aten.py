@@ -134,7 +134,8 @@ def _packed(q: Tensor, cu_seqlens: Tensor, chunk_size: int) -> PackedChunks:
 
 
 def _dense(k: Tensor, v: Tensor, g: Tensor | None, chunk_size: int) -> DenseChunks:
-    """The layout of a segment: smaller chunks where decays only then are mild enough to be split into factors."""
+    """The layout of a segment: smaller chunks for few steps, and where decays only then are mild enough to be split."""
+    chunk_size = min(chunk_size, max(16, 1 << (k.shape[1] - 1).bit_length()))
     if g is not None and k.shape[2] == v.shape[2]:
         chunk_size = decays.chunk_size(g, chunk_size)
     return DenseChunks(k.shape[0], k.shape[1], chunk_size)

@@ -40,7 +40,9 @@ def order(r: Request) -> tuple[str, ...]:
     chunked = ("fused_chunk", "chunk") if many else ("chunk", "fused_chunk")
     few = r.known(r.time <= table["recurrent_up_to"])
     linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
-    return ("parallel", *linear) if r.known(r.time <= table["parallel_up_to"]) else (*linear, "parallel")
+    short = r.known(r.time <= table["parallel_up_to"])
+    small = r.known(r.batch * r.heads * r.time <= table["parallel_up_to_rows"])
+    return ("parallel", *linear) if short or small else (*linear, "parallel")
 
 
 def choose(
