@@ -17,11 +17,11 @@ from tests.contract.helpers import ours
 FORWARD = {
     "recurrent_up_to": 24,
     "parallel_up_to": 8,
-    "parallel_up_to_rows": 80,
+    "parallel_up_to_scores": 2000,
     "fused_from_heads": 4,
     "fused_from_time": 65,
 }
-TRAINING = FORWARD | {"recurrent_up_to": 2, "parallel_up_to": 0, "parallel_up_to_rows": 0}
+TRAINING = FORWARD | {"recurrent_up_to": 2, "parallel_up_to": 0, "parallel_up_to_scores": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def chosen(**arguments: Any) -> str:
     ("arguments", "form"),
     [
         pytest.param(call(time=8, batch=20), "parallel", id="few-steps-of-many"),
-        pytest.param(call(time=40), "parallel", id="few-rows-in-all"),
+        pytest.param(call(time=30), "parallel", id="few-scores"),
         pytest.param(call(time=8, output_final_state=True), "fused_recurrent", id="few-steps-with-a-state"),
         pytest.param(call(time=24, batch=2), "fused_recurrent", id="last-short-length"),
         pytest.param(call(time=25, batch=2), "chunk", id="first-length-that-is-not-short"),

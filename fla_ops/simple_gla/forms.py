@@ -41,8 +41,8 @@ def order(r: Request) -> tuple[str, ...]:
     few = r.known(r.time <= table["recurrent_up_to"])
     linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
     short = r.known(r.time <= table["parallel_up_to"])
-    small = r.known(r.batch * r.heads * r.time <= table["parallel_up_to_rows"])
-    return ("parallel", *linear) if short or small else (*linear, "parallel")
+    few_scores = r.known(r.batch * r.heads * r.time * r.time <= table["parallel_up_to_scores"])
+    return ("parallel", *linear) if short or few_scores else (*linear, "parallel")
 
 
 def choose(
