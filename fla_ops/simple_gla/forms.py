@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def order(r: Request) -> tuple[str, ...]:
     few = r.known(r.time <= table["recurrent_up_to"])
     linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
     short = r.known(r.time <= table["parallel_up_to"])
-    few_scores = r.known(r.batch * r.heads * r.time * r.time <= table["parallel_up_to_scores"])
+    most = table["parallel_up_to_scores"]
+    few_scores = r.known(r.time <= math.isqrt(most)) and r.known(r.batch * r.heads * r.time * r.time <= most)
     return ("parallel", *linear) if short or few_scores else (*linear, "parallel")
 
 
