@@ -45,23 +45,12 @@ def forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     parallel.forward(x.q, x.k, x.v, x.g, None, WINDOW, None, None, x.sink_bias, True)
 
 
-def plain_forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    parallel.forward(x.q, x.k, x.v, None, None, None, None, None, None, False)
-
-
 def backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     x = inputs(dtype, key_width, value_width)
     rest = None if dtype is torch.float32 else x.o
     parallel_backward.backward(
         x.q, x.k, x.v, x.g, x.sink_bias, None, x.o, x.lse, rest, x.o, x.lse, None, WINDOW, [True] * 5
     )
-
-
-def plain_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    wanted = [True, True, True, False, False]
-    parallel_backward.backward(x.q, x.k, x.v, None, None, None, x.o, x.lse, None, x.o, None, None, None, wanted)
 
 
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
@@ -71,9 +60,9 @@ def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
-    "attn_forward": [forward, plain_forward],
-    "attn_query_gradient": [backward, plain_backward],
-    "attn_key_gradient": [backward, plain_backward],
+    "attn_forward": [forward],
+    "attn_query_gradient": [backward],
+    "attn_key_gradient": [backward],
     "attn_decay_sums": [backward],
     "attn_decay_gradient": [backward],
     "attn_row_terms": [backward],

@@ -140,6 +140,7 @@ def register_scenarios(operator: str) -> None:
         add("one-whole-chunk", ("g",), SIZES | {"T": 16}, **full),
         add("strong-decay", all_of_it, SIZES, (SMALL,), **full, g=resets, checkpoint_level=0),
         add("tiny-decays", all_of_it, SIZES, **full, g=lambda g: 35 * g - 5),
+        add("a-gate-normaliser-of-a-twentieth", all_of_it, SIZES, **full, g=lambda g: torch.log1p(-g.exp()) / 0.05),
         add("growth", all_of_it, SIZES, **full, g=lambda g: 0.7 * g + 0.3),
         add("slots-without-gates", states, SIZES, (SMALL,), **full),
         add("slots-without-gates-far-apart", (), SIZES, **full, s=lambda s: 30 * s),

@@ -43,6 +43,10 @@ def test_bfloat16(case: Case) -> None:
     test_numbers.check_numbers(case, "cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [case for case in KERNELS if "cu_seqlens" in case.given], ids=str)
+PACKED = [case for case in KERNELS if "cu_seqlens" in case.given]
+PACKED = [case.resized(offsets=(0, 0, 18, 19)) if "T" in case.sizes else case for case in PACKED]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
 def test_a_sequence_alone_or_in_a_pack_of_the_kernels(case: Case) -> None:
     test_bits.test_a_sequence_alone_or_in_a_pack(case, "cpu", torch.float32)

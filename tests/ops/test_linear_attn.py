@@ -296,7 +296,7 @@ def test_the_traced_body_is_the_operator(offsets: list[int] | None, reverse: boo
 def test_compiled_bodies_give_the_operators_numbers() -> None:
     arguments = {n: x.float() for n, x in inputs().items()}
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fla_ops.linear_attn(q * 1.5, k, v, mode="chunk")[0]
 
