@@ -25,6 +25,7 @@ from .timing import Contender, measure
 TINY = {"B": 1, "T": 16, "H": 1, "HQ": 1, "HK": 1, "N": 1, "K": 16, "V": 16, "M": 16}
 SWEPT = ("chunk", "fused_chunk")
 QUADRATIC_UP_TO = {"cpu": 16384, "cuda": 65536}
+PEERS_UP_TO = {"cpu": 4096, "cuda": 65536}
 TRAINED_UP_TO = {"cpu": 16384, "cuda": 131072}
 
 
@@ -111,9 +112,9 @@ def sweep(device: torch.device, quick: bool) -> list[tuple[list[Problem], str]]:
 
 
 def sweep_rows(forms: list[Problem], what: str, settings: Settings, ceilings: Ceilings) -> list[Row]:
-    """One length of one family: every form eager, with the peers up to the length that a quadratic one can bear."""
+    """One length of one family: every form eager, with the peers up to a length that the slowest can bear."""
     first, *others = forms
-    peers = settings.peers and first.sizes["T"] <= QUADRATIC_UP_TO[settings.device.type]
+    peers = settings.peers and first.sizes["T"] <= PEERS_UP_TO[settings.device.type]
     plain = replace(settings, seconds=settings.seconds / 2, ways=(EAGER,), peers=peers, half=False)
     rows = group(first, what, plain, ceilings, others)
     for row in rows:

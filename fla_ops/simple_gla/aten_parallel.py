@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from fla_ops.common import decay as decays
 from fla_ops.common.chunks import runs
 
 from . import checks
@@ -107,4 +109,7 @@ def _weigh(products: Tensor, sums: Tensor | None, a: int, b: int) -> Tensor:
         return products.tril_(a)
     exponent = (sums[..., a:b, None] - sums[..., None, :b]).to(products.dtype)
     future = torch.ones(b - a, b, dtype=torch.bool, device=products.device).triu_(a + 1)
-    return products * exponent.masked_fill_(future, float("-inf")).exp_()
+    floor = decays.floor(exponent.dtype)
+    weights = exponent.masked_fill_(future, floor).clamp_(min=floor).exp_()
+    weights = torch.threshold_(weights, 1.001 * math.exp(floor), 0.0)  # exp(-inf) is slow on a CPU
+    return products.mul_(weights) if weights.shape == products.shape else products * weights
