@@ -17,7 +17,7 @@ from .problems import FORWARD, Inputs, Problem
 from .timing import Contender, measure, peak_memory
 
 OURS = "fla_ops"
-LONGEST_PROFILED = 1.0  # seconds: a profile of a longer loop over time fills the memory itself
+LONGEST_PROFILED = 1.0  # seconds: the profile of a peer's longer loop over time fills the memory itself
 FOR_SCALE = "another function, for scale"
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # relative difference from which a peer's result is remarked on
 Row = dict[str, Any]
@@ -59,8 +59,8 @@ def group(
         other = {c.name for c, note in found if c is not None and note == FOR_SCALE}
         measure([*mine, *theirs], device, settings.seconds)
         if settings.memory:
-            for c in (*mine, *theirs):
-                c.peak = peak_memory(c, device) if c.median < LONGEST_PROFILED else None
+            for c in (*mine, *(c for c in theirs if c.median < LONGEST_PROFILED)):
+                c.peak = peak_memory(c, device)
     rows = [_row(c, problem, what, dtypes[c.name], ceilings, theirs) for c in mine]
     rows += [_row(c, problem, what, problem.dtype, ceilings, []) | {"same": c.name not in other} for c in theirs]
     notes = {c.name: note for c, note in found if c is not None and note}

@@ -129,7 +129,7 @@ def lengths(found: Row) -> str:
     """Time for a step and memory, over lengths, ours alone."""
     lines = [
         [r["family"], r["who"].removeprefix("fla_ops "), r["pass"].replace(TRAINING, "forward+backward"),
-         str(r["sizes"]["T"]), f"{r['us_per_token']:.2f}", f"{r['peak_mib']:.1f}"]
+         str(r["sizes"]["T"]), f"{r['us_per_token']:.2f}", "" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}"]
         for r in found["sweep"] if r["who"].startswith("fla_ops")
     ]  # fmt: skip
     return grid(["family", "form", "pass", "T", "us for a step", "peak MiB"], lines)
