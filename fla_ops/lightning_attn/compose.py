@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,33 +49,16 @@ def chunk(
     chunk_size: int,
     cu_seqlens_cpu: Tensor | None,
     slopes: str,
+    operator: str = "chunk_simple_gla",
 ) -> Result:
-    """The body of torch.ops.fla.chunk_lightning_attn."""
+    """The body of torch.ops.fla.chunk_lightning_attn, and with another operator of fused_chunk_lightning_attn."""
     g_gamma, packing = decay_of(v, layer_idx, num_layers, slopes), (cu_seqlens, cu_seqlens_cpu)
     state = (scale, initial_state, output_final_state, False)
-    o, final_state = torch.ops.fla.chunk_simple_gla(q, k, v, None, g_gamma, *state, *packing, chunk_size)
+    o, final_state = getattr(torch.ops.fla, operator)(q, k, v, None, g_gamma, *state, *packing, chunk_size)
     return o, final_state
 
 
-def fused_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layer_idx: Any,
-    num_layers: Any,
-    scale: float | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    cu_seqlens_cpu: Tensor | None,
-    slopes: str,
-) -> Result:
-    """The body of torch.ops.fla.fused_chunk_lightning_attn."""
-    g_gamma, packing = decay_of(v, layer_idx, num_layers, slopes), (cu_seqlens, cu_seqlens_cpu)
-    state = (scale, initial_state, output_final_state, False)
-    o, final_state = torch.ops.fla.fused_chunk_simple_gla(q, k, v, None, g_gamma, *state, *packing, chunk_size)
-    return o, final_state
+fused_chunk = partial(chunk, operator="fused_chunk_simple_gla")
 
 
 def fused_recurrent(

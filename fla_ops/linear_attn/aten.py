@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
+from fla_ops.common import pools
 from fla_ops.common.chunks import Chunks, DenseChunks, PackedChunks
 from fla_ops.simple_gla.checks import slot_values
 
@@ -30,16 +31,12 @@ def step(q, k, o, z, scale, slots):
     """One step for N sequences: rows of z updated in place."""
     checks.launch_step(q, k, o, z, slots)
     pool = z.squeeze(1)
-    if slots is None:
-        y, sums = _advance(q, k, o, pool, scale)
-        pool.copy_(sums)
-        return y
-    rows = slot_values(slots, len(pool))
-    used = [n for n, row in enumerate(rows) if row >= 0]
-    n, row = (torch.tensor(x, device=q.device, dtype=torch.int64) for x in (used, [rows[i] for i in used]))
-    y, sums = _advance(q[n], k[n], o[n], pool[row], scale)
-    pool[row] = sums.to(pool.dtype)
-    return torch.zeros_like(o, memory_format=torch.contiguous_format).index_copy_(0, n, y)
+    rows = list(range(len(q))) if slots is None else slot_values(slots, len(pool))
+    y = torch.zeros_like(o, memory_format=torch.contiguous_format)
+    for some, at in pools.blocks(rows, pool.shape[1] * pool.shape[2]):
+        y[some], sums = _advance(q[some], k[some], o[some], pool[at], scale)
+        pool[at] = sums.to(pool.dtype)
+    return y
 
 
 def _advance(q, k, o, z, scale):

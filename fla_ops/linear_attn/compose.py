@@ -7,6 +7,7 @@ and rounds the quotient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def chunk(
     chunk_size: int,
     operator: str = "chunk_simple_gla",
 ) -> Result:
-    """The body of torch.ops.fla.chunk_linear_attn."""
+    """The body of torch.ops.fla.chunk_linear_attn, and with another operator of fused_chunk_linear_attn."""
     checks.pair(initial_state, initial_z, normalize)
     state, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
 
@@ -43,22 +44,7 @@ def chunk(
     return _normalized(read, q, k, v, scale, initial_z, output_final_state, False, *packing)
 
 
-def fused_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    initial_z: Tensor | None,
-    output_final_state: bool,
-    normalize: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    chunk_size: int,
-) -> Result:
-    """The body of torch.ops.fla.fused_chunk_linear_attn."""
-    state, packing = (initial_state, initial_z, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-    return chunk(q, k, v, scale, *state, normalize, *packing, chunk_size, "fused_chunk_simple_gla")
+fused_chunk = partial(chunk, operator="fused_chunk_simple_gla")
 
 
 def fused_recurrent(
