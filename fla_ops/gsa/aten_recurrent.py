@@ -209,4 +209,4 @@ def _joined(states: list[tuple[Tensor, Tensor]], heads: int) -> tuple[Tensor, Te
 
 def _leave(steps: Tensor, like: Tensor) -> Tensor:
     """[T, n * heads, D] to [n, T, heads, D] as in `like`."""
-    return steps.unflatten(1, (like.shape[0], -1)).unflatten(2, (like.shape[2], -1)).flatten(3).transpose(0, 1)
+    return steps.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)

@@ -144,7 +144,7 @@ def _dense(k: Tensor, v: Tensor, g: Tensor | None, chunk_size: int) -> DenseChun
 def _segments(v: Tensor, start: int, end: int, chunk_size: int) -> list[tuple[int, int]]:
     """Whole chunks of all sequences and heads, as many as keep a tensor in the cache."""
     batch, _, heads, width = v.shape
-    size = chunk_size * max(1, SEGMENT // (batch * heads * chunk_size * width))
+    size = chunk_size * max(1, SEGMENT // max(1, batch * heads * chunk_size * width))
     return [(a, min(a + size, end)) for a in range(start, end, size)]
 
 

@@ -172,4 +172,5 @@ def _state(state: Tensor | None, sequence: slice, q: Tensor, v: Tensor, state_v_
 def _leave(steps: Tensor, like: Tensor, start: int, end: int) -> Tensor:
     """[T, B * H, D] to the steps of `like` [B, T, heads, D]: groups are summed where `like` has fewer heads."""
     batch, _, heads, _ = like.shape
-    return steps.unflatten(1, (batch, heads, -1)).sum(3).transpose(0, 1)
+    group = max(1, steps.shape[1] // max(1, batch * heads))
+    return steps.unflatten(1, (batch, heads, group)).sum(3).transpose(0, 1)

@@ -162,6 +162,14 @@ def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
     assert call.outputs[3:] == (None,) * 4
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_no_sequences(form: str) -> None:
+    arguments = {name: x[:0] for name, x in inputs(SIZES).items()}
+    first, second = states(SIZES)
+    results = gradients(by_form(form), arguments, (first[:0], second[:0]))
+    assert all(0 in x.shape for x in results)
+
+
 @pytest.mark.parametrize("strength", [-1e4, float("-inf")], ids=str)
 def test_a_slot_that_forgets_is_empty(strength: float) -> None:
     """The output after a gate of -inf in every slot is that of a run that starts there."""

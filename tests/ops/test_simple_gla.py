@@ -91,6 +91,14 @@ def test_segments_go_on_from_each_other(form: str, given: tuple[str, ...]) -> No
         assert_equal(with_gradients(form, arguments), whole)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_no_sequences(form: str) -> None:
+    arguments = {name: x[:0] for name, x in inputs().items()}
+    o, *gradients = with_gradients(form, arguments)
+    assert o.shape == (0, T, H, V)
+    assert [x.shape for x in gradients] == [x.shape for x in arguments.values()]
+
+
 @pytest.mark.parametrize("strength", [0.1, 1.5, 2.2, 4.0, 100.0])
 def test_chunks_are_made_small_enough_to_split_their_decay(strength: float) -> None:
     g = torch.full((1, 70, 1), -strength)
