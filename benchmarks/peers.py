@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problems import DECODE, FAMILIES, Inputs, Problem
+from .ceilings import SIDE
+from .problems import DECODE, FAMILIES, FORWARD, Inputs, Problem
 
 Made = tuple[Callable[[], Any], list[Tensor]]  # the call, and what a gradient is taken for
 LONG = ("chunk", "fused_chunk", "auto")
+PRODUCT = "matrix product"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def peers_of(problem: Problem, what: str, device: torch.device) -> Iterator[Peer
         yield from _on_a_gpu(problem, what) if problem.operator != "normalize_output" else ()
     else:
         yield from _on_a_cpu(problem)
+        if problem.role == "chunk" and what == FORWARD:
+            yield Peer(PRODUCT, "torch", _product, same=False)
     if problem.role in (*LONG, "parallel"):
         yield Peer("softmax attention", "torch", _softmax, same=False)
 
@@ -138,13 +142,20 @@ def _softmax(inputs: Inputs, _variant: Any) -> Made:
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), _trained(q, k, v)
 
 
+def _product(inputs: Inputs, _variant: Any) -> Made:
+    """A square matrix product, for the share of its rate that others reach."""
+    side, like = SIDE["cpu"], inputs["q"]
+    a, b = (torch.randn(side, side, dtype=like.dtype) for _ in range(2))
+    return lambda: a @ b, []
+
+
 def _copy(inputs: Inputs, _variant: Any) -> Made:
     """A copy of as many bytes as the step must move: a state is read and written, half of a cache as well."""
     moved = [inputs[name] for name in ("state", "state_k", "state_v") if name in inputs]
     if not moved:
         half = inputs["k"].shape[1] // 2
         moved = [inputs["k"][:, :half], inputs["v"][:, :half]]
-    targets = [torch.empty_like(x) for x in moved]
+    targets = [x.clone() for x in moved]
 
     def run() -> None:
         for target, x in zip(targets, moved, strict=True):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .ceilings import SIDE
+from .peers import PRODUCT
 from .problems import DECODE, FORWARD, TRAINING
 
 Row = dict[str, Any]
@@ -42,8 +44,16 @@ def _faster_than(what: str, peer: str, operator: str = CHUNK) -> Callable[[Seque
 
 
 def _of_product(rows: Sequence[Row]) -> float | None:
+    """Against a matrix product in the same rounds: a rate measured at another moment may be another machine's."""
     found = [_row(rows, CHUNK, FORWARD, f"fla_ops {how}") for how in ("compiled", "inlined")]
-    return max((r["of_product"] for r in found if r is not None), default=None)
+    return max(
+        (
+            r["flops"] / (2 * SIDE["cpu"] ** 3) * r["faster_than"][PRODUCT]
+            for r in found
+            if r and PRODUCT in r["faster_than"]
+        ),
+        default=None,
+    )
 
 
 def _half(rows: Sequence[Row]) -> float | None:

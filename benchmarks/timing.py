@@ -103,9 +103,13 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _sample(contender: Contender, repeats: int, first: int, device: torch.device) -> float:
-    """Seconds for one call, averaged over `repeats` calls on successive sets of inputs from number `first` on."""
+    """Seconds for one call, averaged over `repeats` calls on successive sets of inputs from number `first` on.
+
+    One call before them is not timed: what the contender before left to the caches and the allocator is not its own.
+    """
     call, sets = contender.call, contender.sets
     order = [(first + i) % sets for i in range(repeats)]
+    call((first - 1) % sets)
     synchronise(device)
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

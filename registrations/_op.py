@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import _autocast, _flops, _gradient, _inline
+from . import _autocast, _flops, _gradient, _heap, _inline
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -68,6 +68,16 @@ def _kernel(op: OpOverload, path: str) -> Callable[..., Any]:
     return _complete(op, lambda: resolve(path))
 
 
+def _on_the_host(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch with an allocator that keeps what was freed."""
+
+    def prepared(*args: Any) -> Any:
+        _heap.keep_freed()
+        return kernel(*args)
+
+    return prepared
+
+
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Launch with the tensors' device as the current one: Triton launches on the current device whatever it is
     given.
@@ -115,7 +125,7 @@ def register(
     if (taken := list(inspect.signature(fake).parameters)) != arguments:
         raise TypeError(f"{qualified}: the fake must take the schema's arguments {arguments}, got {taken}")
 
-    LIBRARY.impl(name, _kernel(op, cuda if INTERPRETED else cpu), "CPU")
+    LIBRARY.impl(name, _on_the_host(_kernel(op, cuda if INTERPRETED else cpu)), "CPU")
     LIBRARY.impl(name, _on_its_device(_kernel(op, cuda)), "CUDA")
     torch.library.register_fake(qualified, _complete(op, lambda: fake), lib=LIBRARY)
     LIBRARY.impl(name, _gradient.kernel(op, setup_context, backward), "Autograd", with_keyset=True)

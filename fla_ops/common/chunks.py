@@ -16,6 +16,7 @@ from torch import Tensor
 from fla_ops.validation import cu_seqlens_values
 
 Span = tuple[slice, int, int]  # which sequences; their first row or step, and one past the last
+Factor = Tensor | float | None
 
 
 def runs(x: Tensor, cu_seqlens: Tensor | None) -> list[Span]:
@@ -90,38 +91,44 @@ class DenseChunks(_Chunks):
             steps[-1] = self.tail
         return steps
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, heads, D] to [rows, B, heads, C, D] in `dtype`, contiguous."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
+        """[B, T, heads, D] to [rows, B, heads, C, D] in `dtype`, contiguous, times a factor [rows, B, heads, C, 1]."""
         _, _, heads, width = x.shape
         out = x.new_empty((self.rows, self.batch, heads, self.size, width), dtype=dtype)
         if self.tail:
             out[-1, :, :, self.tail :] = 0
-        for chunked, flat in self._pieces(out, x):
-            chunked.copy_(flat)
+        for chunked, flat, scale in self._pieces(out, x, factor):
+            _fill(chunked, flat, scale)
         return out
 
-    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of split."""
+    def join(self, y: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
+        """The inverse of split: a factor has the same shape, and multiplies y."""
         _, _, heads, _, width = y.shape
         x = y.new_empty((self.batch, self.time, heads, width), dtype=dtype)
-        self.write(y, x)
+        self.write(y, x, factor)
         return x
 
-    def write(self, y: Tensor, x: Tensor) -> None:
+    def write(self, y: Tensor, x: Tensor, factor: Factor = None) -> None:
         """The same into x [B, T, heads, D]."""
-        for chunked, flat in self._pieces(y, x):
-            flat.copy_(chunked)
+        for chunked, flat, scale in self._pieces(y, x, factor):
+            _fill(flat, chunked, scale)
 
-    def _pieces(self, chunked: Tensor, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of both layouts over the same elements: the whole chunks, and the tail."""
+    def _pieces(self, chunked: Tensor, flat: Tensor, factor: Factor) -> Iterator[tuple[Tensor, Tensor, Factor]]:
+        """Views of both layouts over the same elements, and their factor: the whole chunks, and the tail."""
         full = self.whole * self.size
+        varies = isinstance(factor, Tensor)
         if self.whole:
             yield (
                 chunked[: self.whole],
                 flat[:, :full].unflatten(1, (self.whole, self.size)).permute(1, 0, 3, 2, 4),
+                factor[: self.whole] if varies else factor,
             )
         if self.tail:
-            yield chunked[-1, :, :, : self.tail], flat[:, full:].transpose(1, 2)
+            yield (
+                chunked[-1, :, :, : self.tail],
+                flat[:, full:].transpose(1, 2),
+                factor[-1, :, :, : self.tail] if varies else factor,
+            )
 
 
 class PackedChunks(_Chunks):
@@ -149,16 +156,28 @@ class PackedChunks(_Chunks):
         """Steps in each row."""
         return self._lengths
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[1, T, heads, D] to [rows, 1, heads, C, D] in `dtype`, contiguous."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
+        """[1, T, heads, D] to [rows, 1, heads, C, D] in `dtype`, contiguous, times a factor [rows, 1, heads, C, 1]."""
         rows = x[0].index_select(0, self._index.flatten()).unflatten(0, (self.rows, self.size))
         rows = torch.where(self._inside[:, :, None, None], rows.to(dtype), 0)
-        return rows.transpose(1, 2).contiguous().unsqueeze(1)
+        rows = rows.transpose(1, 2).contiguous().unsqueeze(1)
+        return rows if factor is None else rows.mul_(factor)
 
-    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of split."""
+    def join(self, y: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
+        """The inverse of split: a factor has the same shape, and multiplies y."""
+        y = y if factor is None else y * factor
         flat = y.squeeze(1).transpose(1, 2).flatten(0, 1)
         return flat.index_select(0, self._row_step).to(dtype).unsqueeze(0)
 
 
 Chunks = DenseChunks | PackedChunks
+
+
+def _fill(target: Tensor, source: Tensor, factor: Factor) -> None:
+    """target = source * factor, rounded once, to target's dtype."""
+    if factor is None:
+        target.copy_(source)
+    elif isinstance(factor, Tensor) or source.element_size() >= target.element_size():
+        torch.mul(source, factor, out=target)
+    else:  # a product with a number would be rounded to source's dtype
+        target.copy_(source).mul_(factor)

@@ -8,6 +8,7 @@ and the difference of two sums is taken before exp.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,6 +48,17 @@ class Factors:
     row: Tensor  # [..., C, 1]
     column: Tensor  # [..., C, 1]
     total: Tensor  # [..., 1, 1]
+    log_total: Tensor  # [..., 1]
+
+    @cached_property
+    def across(self) -> Tensor:
+        """From the state before row j to what row i reads of it, [lanes * heads, rows + 1, rows + 1] for one sequence a
+        lane: j = 0 is the initial state, i = rows the final one. Its transpose serves the gradient.
+        """
+        sums = self.log_total[..., 0].flatten(1).T.double().cumsum(1)
+        exponent = torch.cat([sums, sums[:, -1:]], 1)[:, :, None] - torch.nn.functional.pad(sums, (1, 0))[:, None, :]
+        dtype = self.total.dtype
+        return torch.threshold_(exponent, floor(dtype), NEVER).exp_().tril_().to(dtype)
 
 
 def chunk_size(g: Tensor, largest: int) -> int:
@@ -72,7 +84,7 @@ def factors(g: Tensor) -> Factors | None:
     end = sums[..., -1:]
     if g.numel() == 0 or not -end.amin() < SPLIT[g.dtype] or g.amax() > 0:
         return None
-    return Factors((sums - end).exp_()[..., None], (end - sums).exp_()[..., None], end.exp()[..., None])
+    return Factors((sums - end).exp_()[..., None], (end - sums).exp_()[..., None], end.exp()[..., None], end)
 
 
 def per_step(g: Tensor) -> Decay:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # numbers: the states of a block stay in a core's second-level cache between the calls on them
+BLOCK = 1 << 18
 
 Index = slice | Tensor
 
@@ -23,8 +23,8 @@ def blocks(rows: list[int], numbers: int) -> Iterator[tuple[Index, Index]]:
 
 def update(pool: Tensor, at: Index, held: Tensor, current: Tensor) -> None:
     """Write rows back, unless `held = pool[at]` is a view that was worked on itself."""
-    if current is not held or isinstance(at, Tensor):
-        pool[at] = current.to(pool.dtype)
+    if isinstance(at, Tensor) or current.data_ptr() != held.data_ptr():
+        pool[at] = current.to(pool.dtype).view_as(held)
 
 
 def _index(numbers: list[int]) -> Index:

@@ -31,19 +31,21 @@ class TracedDense:
         """Steps in each row."""
         return (self.time - self.size * torch.arange(self.rows, device=device)).clamp(max=self.size)
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, heads, D] to [rows, B, heads, C, D] in `dtype`, contiguous."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
+        """[B, T, heads, D] to [rows, B, heads, C, D] in `dtype`, contiguous, times a factor."""
         _, _, heads, width = x.shape
         x = pad(x.to(dtype), (0, 0, 0, 0, 0, self.rows * self.size - self.time))
+        x = x if factor is None else x * factor
         return (
             x.reshape(self.batch, self.rows, self.size, heads, width)
             .permute(1, 0, 3, 2, 4)
             .clone(memory_format=torch.contiguous_format)
         )
 
-    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of split."""
+    def join(self, y: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
+        """The inverse of split: a factor multiplies y."""
         _, _, heads, _, width = y.shape
+        y = y if factor is None else y * factor
         x = y.permute(1, 0, 3, 2, 4).reshape(self.batch, self.rows * self.size, heads, width)
         return x[:, : self.time].to(dtype).clone(memory_format=torch.contiguous_format)
 
@@ -100,13 +102,15 @@ class TracedPacked:
         """Steps in each row."""
         return self._lengths
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[1, T, heads, D] to [rows, 1, heads, C, D] in `dtype`, contiguous."""
+    def split(self, x: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
+        """[1, T, heads, D] to [rows, 1, heads, C, D] in `dtype`, contiguous, times a factor."""
         rows = torch.where(self.inside[:, :, None, None], x[0][self.index].to(dtype), 0)
+        rows = rows if factor is None else rows * factor
         return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).unsqueeze(1)
 
-    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of split."""
+    def join(self, y: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
+        """The inverse of split: a factor multiplies y."""
+        y = y if factor is None else y * factor
         return y.squeeze(1).transpose(1, 2).flatten(0, 1)[self.place].to(dtype).unsqueeze(0)
 
     def scan(

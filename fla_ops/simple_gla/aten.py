@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla_ops import validation as valid
 from fla_ops.common import decay as decays
-from fla_ops.common.chunks import DenseChunks, PackedChunks, runs
+from fla_ops.common.chunks import DenseChunks, Factor, PackedChunks, runs
 
 from . import checks, chunked
 
@@ -25,7 +25,8 @@ def chunk_forward(
     if cu_seqlens is None:
         return _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, None, chunk_size)
     layout = _packed(q, cu_seqlens, chunk_size)
-    o, final = chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    written = chunked.cut(layout, k, v, g, g_gamma)
+    o, final = chunked.forward(layout, q, written, scale, initial_state, output_final_state, state_v_first)
     return layout.join(o, v.dtype), final
 
 
@@ -37,8 +38,9 @@ def chunk_backward(
     if cu_seqlens is None:
         return _backward(*shared, None, do, dfinal_state, *options, chunk_size, output_mask, keep=True)
     layout = _packed(q, cu_seqlens, chunk_size)
-    gradients = chunked.backward(layout, *shared, do, dfinal_state, *options, output_mask)
-    return chunked.joined(layout, gradients, q, k, v)
+    written, leave = chunked.cut(layout, k, v, g, g_gamma), chunked.joining(layout, q, k, v)
+    states = (initial_state, do, dfinal_state)
+    return chunked.backward(layout, q, written, g, g_gamma, *states, *options, output_mask, leave)
 
 
 def fused_chunk_forward(
@@ -63,9 +65,8 @@ def _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, stat
     for sequence, start, end in runs(q, cu_seqlens):
         state = _state_of(initial_state, sequence, q, v, state_v_first)
         for a, b in _segments(v, start, end, chunk_size):
-            piece = [None if x is None else x[:, a:b] for x in (q, k, v, g)]
-            layout = _dense(*piece[1:], chunk_size)
-            outputs, state = chunked.forward(layout, *piece, g_gamma, scale, state, True, False)
+            layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
+            outputs, state = chunked.forward(layout, q[:, a:b], written, scale, state, True, False)
             layout.write(outputs, o[:, a:b])
         final.append(state)
     if not output_final_state:
@@ -102,20 +103,24 @@ def _backward(
         dstate = _state_of(dfinal, sequence, q, v, state_v_first)
         segments = []
         for a, b in _segments(v, start, end, chunk_size):
-            piece = [None if x is None else x[:, a:b] for x in (k, v, g)]
-            layout, before = _dense(*piece, chunk_size), state
-            kept = None
+            layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
+            before, kept = state, None
             if keep or b < end:
-                kept, state = chunked.chunk_states(layout, *piece, g_gamma, before)
-            segments.append((a, b, layout, before, kept if keep else None))
-        for a, b, layout, before, kept in reversed(segments):
-            piece = [None if x is None else x[:, a:b] for x in (q, k, v, g)]
-            *found, dg, gamma, dstate = chunked.backward(
-                layout, *piece, g_gamma, before, do[:, a:b], dstate, scale, False, mask, kept
+                kept, state = chunked.chunk_states(layout, written, before)
+            segments.append((a, b, before, (layout, written, kept) if keep else None))
+            layout = written = kept = None
+        while segments:
+            a, b, before, held = segments.pop()
+            layout, written, kept = held or (*_cut(k, v, g, g_gamma, a, b, chunk_size), None)
+
+            def leave(i: int, part: Tensor, factor: Factor, layout=layout, a=a, b=b) -> Tensor:
+                layout.write(part, grads[i][:, a:b], factor)
+                return grads[i]
+
+            gates = (None if g is None else g[:, a:b], g_gamma)
+            _, _, _, dg, gamma, dstate = chunked.backward(
+                layout, q[:, a:b], written, *gates, before, do[:, a:b], dstate, scale, False, mask, leave, kept
             )
-            for whole, part in zip(grads, found, strict=False):
-                if whole is not None:
-                    layout.write(part, whole[:, a:b])
             if dg is not None:
                 grads[3][:, a:b] = dg
             if gamma is not None:
@@ -133,12 +138,16 @@ def _packed(q: Tensor, cu_seqlens: Tensor, chunk_size: int) -> PackedChunks:
     return PackedChunks(valid.cu_seqlens_values(cu_seqlens, q.shape[1]), chunk_size, q.device)
 
 
-def _dense(k: Tensor, v: Tensor, g: Tensor | None, chunk_size: int) -> DenseChunks:
-    """The layout of a segment: smaller chunks for few steps, and where decays only then are mild enough to be split."""
+def _cut(
+    k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, start: int, end: int, chunk_size: int
+) -> tuple[DenseChunks, chunked.Written]:
+    """A segment in chunks: smaller ones for few steps, and where decays only then are mild enough to be split."""
+    k, v, g = (None if x is None else x[:, start:end] for x in (k, v, g))
     chunk_size = min(chunk_size, max(16, 1 << (k.shape[1] - 1).bit_length()))
     if g is not None and k.shape[2] == v.shape[2]:
         chunk_size = decays.chunk_size(g, chunk_size)
-    return DenseChunks(k.shape[0], k.shape[1], chunk_size)
+    layout = DenseChunks(k.shape[0], k.shape[1], chunk_size)
+    return layout, chunked.cut(layout, k, v, g, g_gamma)
 
 
 def _segments(v: Tensor, start: int, end: int, chunk_size: int) -> list[tuple[int, int]]:

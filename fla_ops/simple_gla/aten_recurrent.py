@@ -95,8 +95,7 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     rows = list(range(sequences)) if slots is None else checks.slot_values(slots, len(state))
     dtype, groups = compute_dtype(v), heads // k.shape[1]
     queries, keys = (x.to(dtype).repeat_interleave(groups, 1) if groups > 1 else x.to(dtype) for x in (q, k))
-    queries, values = (queries * _step_scale(q, scale)).unsqueeze(2), v.to(dtype).unsqueeze(2)
-    keys = keys.unsqueeze(3)
+    queries, keys, values = (queries * _step_scale(q, scale)).unsqueeze(2), keys.unsqueeze(3), v.to(dtype).unsqueeze(2)
     decay = None
     if g is not None:
         decay = g.to(dtype).exp()[..., None, None]
@@ -105,11 +104,14 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     o = (values.new_empty if slots is None else values.new_zeros)(values.shape)
     for some, at in pools.blocks(rows, heads * q.shape[2] * width):
         held = state[at]
-        current = held.to(dtype)
+        current = held.to(dtype).flatten(0, 1)
         if decay is not None:
-            current.mul_(decay[some])
-        current.addcmul_(keys[some], values[some])
-        o[some] = torch.matmul(queries[some], current)
+            current.mul_(decay[some].flatten(0, 1))
+        current.baddbmm_(keys[some].flatten(0, 1), values[some].flatten(0, 1))
+        if isinstance(some, slice):
+            torch.bmm(queries[some].flatten(0, 1), current, out=o[some].flatten(0, 1))
+        else:
+            o[some] = torch.bmm(queries[some].flatten(0, 1), current).unflatten(0, (-1, heads))
         pools.update(state, at, held, current)
     return o.squeeze(2).to(v.dtype)
 

@@ -11,15 +11,19 @@ chunk. Tensors are [rows, lanes, HK, G, C, width]: G value heads share each quer
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fla_ops.common import decay as decays
+from fla_ops.common.chunks import DenseChunks, Factor
 from fla_ops.common.decay import Decay, Factors
 
+ROWS = 8  # chunks from which the states come from one product
 Weights = Decay | Factors | None
+Leave = Callable[[int, Tensor, Factor], Tensor]  # which of dq, dk, dv; the gradient in chunks; what it is still times
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -28,21 +32,45 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+class Written(NamedTuple):
+    """What the steps of a layout write to the state, in chunks; where the decay splits into factors, the keys hold
+    theirs.
+    """
+
+    keys: Tensor
+    values: Tensor
+    decay: Weights
+
+
+def cut(layout: Any, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None) -> Written:
+    """Keys, values and decays in chunks."""
+    dtype, key_heads = compute_dtype(v), k.shape[2]
+    values = layout.split(v, dtype).unflatten(2, (key_heads, -1))
+    decay: Weights = None
+    if g is not None:
+        steps = layout.split(g[..., None], dtype).squeeze(-1).unflatten(2, (key_heads, -1))
+        split = decays.factors(steps) if layout.eager and values.shape[3] == 1 else None
+        if split is not None:
+            return Written(layout.split(k, dtype, split.column.squeeze(3)).unsqueeze(3), values, split)
+        decay = decays.per_step(steps)
+    elif g_gamma is not None:
+        decay = decays.constant(g_gamma.to(dtype).unflatten(0, (key_heads, -1)), layout.size, layout.lengths(v.device))
+    return Written(layout.split(k, dtype).unsqueeze(3), values, decay)
+
+
 def forward(
     layout: Any,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    g_gamma: Tensor | None,
+    written: Written,
     scale: float | None,
     initial_state: Tensor | None,
     output_final_state: bool,
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """o in chunks, [rows, lanes, H, C, V], and the final state, both in the carried dtype."""
-    queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
-    states, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
+    keys, values, decay = written
+    queries = _queries(layout, q, written, scale)
+    states, final = _states(layout, written, enter_state(initial_state, keys, state_v_first))
     o = _scores(queries, keys, decay) @ values
     _add_product_(o, _reading(queries, decay), states)
     return o.flatten(2, 3), leave_state(final, state_v_first) if output_final_state else None
@@ -51,8 +79,7 @@ def forward(
 def backward(
     layout: Any,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    written: Written,
     g: Tensor | None,
     g_gamma: Tensor | None,
     initial_state: Tensor | None,
@@ -61,20 +88,22 @@ def backward(
     scale: float | None,
     state_v_first: bool,
     output_mask: list[bool],
+    leave: Leave,
     states: Tensor | None = None,
 ) -> Gradients:
-    """The gradients that output_mask asks for: dq, dk and dv in chunks (see `joined`), the others as they are returned.
+    """The gradients that output_mask asks for; dq, dk and dv are what `leave` makes of them.
 
-    `states` are those of chunk_states for the same layout and inputs; they are computed here where they are not given.
+    `states` are those of chunk_states for the same layout; they are computed here where they are not given.
     """
     need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
     need_gate = need_g or need_gamma
-    queries, keys, values, decay = _cut(layout, q, k, v, g, g_gamma, scale)
-    do = layout.split(do, values.dtype).unflatten(2, (k.shape[2], -1))
+    keys, values, decay = written
+    queries = _queries(layout, q, written, scale)
+    do = layout.split(do, values.dtype).unflatten(2, (keys.shape[2], -1))
     dstates = dq = dk = dk_across = dv = dg = dgamma = dstate = None
 
     if states is None and (need_q or need_gate):
-        states, _ = _states(layout, keys, values, decay, enter_state(initial_state, keys, state_v_first))
+        states, _ = _states(layout, written, enter_state(initial_state, keys, state_v_first))
     if need_k or need_v or need_gate or need_state:
         dfinal = enter_state(dfinal_state, keys, state_v_first)
         dstates, dstate = _dstates(layout, queries, do, decay, dfinal)
@@ -87,10 +116,6 @@ def backward(
             dk = _written_by(values @ dstates.mT, decay)
             dk_across = _dot(keys, dk) if need_gate else None
             _add_product_(dk, dscores.mT, queries)
-    if need_v:
-        dv = _scores(queries, keys, decay).mT @ do
-        _add_product_(dv, _writing(keys, decay), dstates)
-        dv = dv.flatten(2, 3)
     if need_gate:
         dg = _gate_gradient(queries, keys, dq, dk, dk_across, states, dstates, decay)
         dg = layout.join(dg.flatten(2, 3)[..., None], dg.dtype if need_gamma else g.dtype).squeeze(-1)
@@ -98,12 +123,16 @@ def backward(
             dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
     if need_q:
         factor = scale_of(q, scale)
-        dq = dq.mul_(decay.row * factor if isinstance(decay, Factors) else factor)
-    if need_k and isinstance(decay, Factors):
-        dk = dk.mul_(decay.column)
+        dq = leave(0, _sum_group(dq), decay.row.squeeze(3) * factor if isinstance(decay, Factors) else factor)
+    if need_k:
+        dk = leave(1, _sum_group(dk), decay.column.squeeze(3) if isinstance(decay, Factors) else None)
+    if need_v:
+        dv = _scores(queries, keys, decay).mT @ do
+        _add_product_(dv, _writing(keys, decay), dstates)
+        dv = leave(2, dv.flatten(2, 3), None)
     return (
-        _sum_group(dq) if need_q else None,
-        _sum_group(dk) if need_k else None,
+        dq if need_q else None,
+        dk if need_k else None,
         dv,
         dg if need_g else None,
         dgamma,
@@ -111,20 +140,14 @@ def backward(
     )
 
 
-def joined(layout: Any, gradients: Gradients, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-    """The result of `backward` with dq, dk and dv as [B, T, heads, D], each in its input's dtype."""
-    dq, dk, dv = (
-        None if x is None else layout.join(x, like.dtype) for x, like in zip(gradients, (q, k, v), strict=False)
-    )
-    return dq, dk, dv, *gradients[3:]
+def joining(layout: Any, *like: Tensor) -> Leave:
+    """For `backward`: dq, dk and dv as [B, T, heads, D], each in its input's dtype."""
+    return lambda i, gradient, factor: layout.join(gradient, like[i].dtype, factor)
 
 
-def chunk_states(
-    layout: Any, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def chunk_states(layout: Any, written: Written, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """What each chunk of the layout reads, and the state [N, H, K, V] after its steps, without the outputs."""
-    _, keys, values, decay = _cut(layout, None, k, v, g, g_gamma, None)
-    states, final = _states(layout, keys, values, decay, enter_state(initial_state, keys, False))
+    states, final = _states(layout, written, enter_state(initial_state, written.keys, False))
     return states, leave_state(final, False)
 
 
@@ -146,32 +169,20 @@ def leave_state(state: Tensor, state_v_first: bool) -> Tensor:
     return (state.mT if state_v_first else state).contiguous()
 
 
-def _cut(
-    layout: Any, q: Tensor | None, k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, Weights]:
-    """Queries (scaled; the keys again where there are none), keys and values in chunks, and the decay.
-
-    Where the decay splits into factors, the queries and keys already hold them.
-    """
-    dtype, key_heads = compute_dtype(v), k.shape[2]
-    keys = layout.split(k, dtype).unsqueeze(3)
-    queries = keys if q is None else layout.split(q, dtype).unsqueeze(3)
-    values = layout.split(v, dtype).unflatten(2, (key_heads, -1))
-    factor = 1.0 if q is None else scale_of(q, scale)
-    decay: Weights = None
-    if g is not None:
-        steps = layout.split(g[..., None], dtype).squeeze(-1).unflatten(2, (key_heads, -1))
-        split = decays.factors(steps) if layout.eager and values.shape[3] == 1 else None
-        if split is not None:
-            return (keys if q is None else queries.mul_(split.row * factor)), keys.mul_(split.column), values, split
-        decay = decays.per_step(steps)
-    elif g_gamma is not None:
-        decay = decays.constant(g_gamma.to(dtype).unflatten(0, (key_heads, -1)), layout.size, layout.lengths(v.device))
-    return (keys if q is None else queries.mul_(factor)), keys, values, decay
+def _queries(layout: Any, q: Tensor, written: Written, scale: float | None) -> Tensor:
+    """Queries in chunks, scaled; where the decay splits into factors, they hold theirs."""
+    factor: Factor = scale_of(q, scale)
+    if isinstance(written.decay, Factors):
+        factor = written.decay.row.squeeze(3) * factor
+    return cast("Tensor", layout.split(q, written.values.dtype, factor)).unsqueeze(3)
 
 
-def _states(layout: Any, keys: Tensor, values: Tensor, decay: Weights, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _states(layout: Any, written: Written, initial: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state that each chunk reads (with Factors: decayed over the chunk), and the final one."""
+    keys, values, decay = written
+    if isinstance(decay, Factors) and _by_product(layout):
+        states = _carried(keys.mT, values, initial, decay.across, reverse=False)
+        return states[:-1], states[-1]
     updates = _writing(keys, decay).mT @ values
     if isinstance(decay, Factors):
         return cast("tuple[Tensor, Tensor]", layout.scan(updates, decay.total, initial, decayed=True))
@@ -180,11 +191,36 @@ def _states(layout: Any, keys: Tensor, values: Tensor, decay: Weights, initial: 
 
 def _dstates(layout: Any, queries: Tensor, do: Tensor, decay: Weights, dfinal: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradient that arrives at each chunk's final state, and the initial state's."""
+    if isinstance(decay, Factors) and _by_product(layout):
+        states = _carried(queries.mT, do, dfinal, decay.across.mT, reverse=True)
+        return states[1:], states[0]
     updates = _reading(queries, decay).mT @ do
     if isinstance(decay, Factors):
         return cast("tuple[Tensor, Tensor]", layout.scan(updates, decay.total, dfinal, reverse=True, decayed=True))
     total = None if decay is None else decay.total
     return cast("tuple[Tensor, Tensor]", layout.scan(updates, total, dfinal, reverse=True))
+
+
+def _by_product(layout: Any) -> bool:
+    """Whether one matrix product over the rows is cheaper than a step for each row."""
+    return isinstance(layout, DenseChunks) and layout.rows >= ROWS
+
+
+def _carried(a: Tensor, b: Tensor, edge: Tensor | None, across: Tensor, reverse: bool) -> Tensor:
+    """across @ [edge, a @ b over the rows], or with reverse=True across @ [a @ b over the rows, edge]."""
+    rows, *lead = b.shape[:-2]
+    key, value = a.shape[-2], b.shape[-1]
+    steps = b.new_empty((rows + 1, *lead, key, value))
+    first, updates = (steps[-1], steps[:-1]) if reverse else (steps[0], steps[1:])
+    if edge is None:
+        first.zero_()
+    else:
+        first.copy_(edge)
+    torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=updates.flatten(0, -3))
+    out = torch.empty_like(steps)
+    by_lane = (x.flatten(-2).flatten(1, -2).transpose(0, 1) for x in (steps, out))
+    torch.bmm(across, next(by_lane), out=next(by_lane))
+    return out
 
 
 def _reading(queries: Tensor, decay: Weights) -> Tensor:
@@ -225,10 +261,8 @@ def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b over the last two dimensions, without their product in memory."""
-    lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    a, b = (x.expand(*lead, *x.shape[-2:]).flatten(-2) for x in (a, b))
-    return (a.unsqueeze(-2) @ b.unsqueeze(-2).mT)[..., 0, 0]
+    """The sum of a * b over the last two dimensions."""
+    return (a * b).sum((-2, -1))
 
 
 def _sum_group(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ def forward(
 ):
     """The chunk form; the fused form shares it, since a walk over chunks cannot be traced without fixing T."""
     layout = _layout(q, cu_seqlens, chunk_size)
-    o, final = chunked.forward(layout, q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first)
+    written = chunked.cut(layout, k, v, g, g_gamma)
+    o, final = chunked.forward(layout, q, written, scale, initial_state, output_final_state, state_v_first)
     return layout.join(o, v.dtype), final
 
 
@@ -23,10 +24,9 @@ def backward(
 ):
     """The gradient of forward."""
     layout = _layout(q, cu_seqlens, chunk_size)
-    gradients = chunked.backward(
-        layout, q, k, v, g, g_gamma, initial_state, do, dfinal_state, scale, state_v_first, output_mask
-    )
-    return chunked.joined(layout, gradients, q, k, v)
+    written, leave = chunked.cut(layout, k, v, g, g_gamma), chunked.joining(layout, q, k, v)
+    gates, states = (g, g_gamma), (initial_state, do, dfinal_state)
+    return chunked.backward(layout, q, written, *gates, *states, scale, state_v_first, output_mask, leave)
 
 
 def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> TracedDense | TracedPacked:
