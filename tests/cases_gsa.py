@@ -122,7 +122,7 @@ def resets(g: Tensor) -> Tensor:
     g[:, 16, :, 2:4] = float("-inf")
     g[:, 17, :, :3] = -1e4
     g[:, 18, :, 1] = -45.0
-    g[:, 25, 2, 4] = float("-inf")
+    g[:, 25, -1, 4] = float("-inf")
     return g
 
 

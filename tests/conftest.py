@@ -25,3 +25,8 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with the longest tests first, so that no worker ends with one of them alone."""
+    items.sort(key=lambda item: item.path.name not in ("test_inlining.py", "test_readme.py"))

@@ -3,7 +3,7 @@
 The settings are data: `<device class>.json` maps a kernel's name to a list of entries, each for a dtype ("float32",
 "half" or "any") and for widths up to `key_width` and `value_width`. The narrowest entry that covers a call is used,
 else the widest. An entry holds block sizes, num_warps and num_stages; `precision` says how float32 operands are
-multiplied, and `spills` how many bytes it is known to spill, where that pays.
+multiplied. No entry spills registers for the widths it covers.
 """
 
 from __future__ import annotations

@@ -57,12 +57,16 @@ def test_fake_equals_real(case: Case, device: str) -> None:
     ("case", "device"), params(with_parts(EXPORT, "_backward") + with_parts(COMBINATION, "_backward"))
 )
 def test_fake_equals_real_backward(case: Case, device: str) -> None:
-    """Every subset of gradients, of the arguments that are given, in half precision beside wide gates and states."""
+    """Subsets of gradients, of the arguments that are given, in half precision beside wide gates and states: every one
+    where all arguments are given, else none, each, and all.
+    """
     (call,) = [c for c in parts(case, case.inputs(torch.bfloat16, device)) if is_backward(c.name)]
     *args, mask = call.args
     assert mask == [y is not None for y in call.outputs]
     given = [i for i, wanted in enumerate(mask) if wanted]
     for chosen in product([False, True], repeat=len(given)):
+        if EXPORT not in case.tags and 1 < sum(chosen) < len(given):
+            continue
         some = [False] * len(mask)
         for i, wanted in zip(given, chosen, strict=True):
             some[i] = wanted
