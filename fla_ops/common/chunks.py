@@ -177,7 +177,9 @@ def _fill(target: Tensor, source: Tensor, factor: Factor) -> None:
     """target = source * factor, rounded once, to target's dtype."""
     if factor is None:
         target.copy_(source)
-    elif isinstance(factor, Tensor) or source.element_size() >= target.element_size():
+    elif source.dtype is target.dtype:
         torch.mul(source, factor, out=target)
-    else:  # a product with a number would be rounded to source's dtype
+    elif source.element_size() < target.element_size():
         target.copy_(source).mul_(factor)
+    else:
+        target.copy_(source * factor)
