@@ -29,9 +29,10 @@ def one_step(q, k, v, g, scale, cu_seqlens, do_gate_scale, sink_bias, window_siz
         keys, values = (x[0, first:end].to(dtype).transpose(0, 1) for x in (k, v))  # [H, L, D]
         x = torch.bmm(queries[n], keys.mT)
         if g is not None:
-            later = g[0, first + 1 : end].double().flip(0).cumsum(0).flip(0)
-            later = torch.nn.functional.pad(later, (0, 0, 0, 1)) * (factor if do_gate_scale else 1.0)
-            x += later.mT.unflatten(0, (key_heads, -1)).to(dtype)
+            later = g.new_zeros((g.shape[2], end - first), dtype=torch.float64)  # from the last step to the first
+            later[:, 1:] = g[0, first + 1 : end].mT.flip(1)
+            later = later.cumsum_(1).mul_(factor) if do_gate_scale else later.cumsum_(1)
+            x += later.to(dtype).flip(1).view_as(x)
         if sink is not None:
             x = torch.cat([x, sink], -1)
         weights = torch.softmax(x, -1)[..., : end - first]
