@@ -25,22 +25,15 @@ def activations(batch: int, time: int, device: str = "cpu") -> list[torch.Tensor
     return [*(torch.randn(shape, device=device) for shape in shapes), -torch.rand(batch, time, 4, device=device)]
 
 
-class DenseAndPacked(torch.nn.Module):
-    """Both layouts in one graph."""
+class Packed(torch.nn.Module):
+    """Sequences laid end to end, which go on from states."""
 
-    def forward(self, q, k, v, g, state, packed, offsets):
-        o, final = fla_ops.simple_gla(q * 1.5, k, v, g, initial_state=state, output_final_state=True)
-        o_packed, final_packed = fla_ops.simple_gla(*packed, cu_seqlens=offsets, output_final_state=True)
-        return o, final, o_packed, final_packed
+    def forward(self, q, k, v, g, states, offsets):
+        return fla_ops.simple_gla(q * 1.5, k, v, g, initial_state=states, output_final_state=True, cu_seqlens=offsets)
 
 
-def dense_and_packed(batch: int, time: int, offsets: list[int]) -> tuple:
-    return (
-        *activations(batch, time),
-        torch.randn(batch, 4, 10, 7),
-        tuple(activations(1, offsets[-1])),
-        torch.tensor(offsets),
-    )
+def packed(offsets: list[int]) -> tuple:
+    return (*activations(1, offsets[-1]), torch.randn(len(offsets) - 1, 4, 10, 7), torch.tensor(offsets))
 
 
 LOADER = """
@@ -62,16 +55,12 @@ assert "fla_ops" not in sys.modules and not hasattr(torch.ops.fla, "chunk_simple
 
 
 def test_a_package_needs_no_registration(tmp_path: Path) -> None:
-    dims = ({0: AUTO, 1: AUTO},) * 4
-    program = torch.export.export(
-        DenseAndPacked(),
-        dense_and_packed(2, 70, [0, 40, 90]),
-        dynamic_shapes=(*dims, {0: AUTO}, ({1: AUTO},) * 4, {0: AUTO}),
-    )
+    dynamic = (*({1: AUTO},) * 4, {0: AUTO}, {0: AUTO})
+    program = torch.export.export(Packed(), packed([0, 40, 90]), dynamic_shapes=dynamic)
     with fla_ops.inlining(), torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    inputs = dense_and_packed(3, 333, [0, 0, 65, 66, 300])
-    torch.save((inputs, DenseAndPacked()(*inputs)), tmp_path / "numbers.pt")
+    inputs = packed([0, 0, 65, 66, 300])
+    torch.save((inputs, Packed()(*inputs)), tmp_path / "numbers.pt")
     subprocess.run([sys.executable, "-c", LOADER, package, str(tmp_path / "numbers.pt")], check=True)
 
 

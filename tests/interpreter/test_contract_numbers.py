@@ -28,17 +28,27 @@ def one_sequence(case: Case) -> Case:
     return case.resized(B=1) if "B" in case.sizes else case
 
 
-def one_head(case: Case) -> Case:
-    """The case with still fewer: one key head, which three share."""
+def with_heads(case: Case, heads: tuple[int, int]) -> Case:
+    """The case with this many heads, if it has the usual ones."""
     for letters, usual in HEADS.items():
         if tuple(case.sizes.get(letter) for letter in letters) == usual:
-            return one_sequence(case).resized(**dict(zip(letters, (1, 3), strict=True)))
-    return one_sequence(case)
+            return case.resized(**dict(zip(letters, heads, strict=True)))
+    return case
+
+
+def one_head(case: Case) -> Case:
+    """The case with one sequence, and one key head that three share."""
+    return with_heads(one_sequence(case), (1, 3))
+
+
+def two_heads(case: Case) -> Case:
+    """The case with all sequences, and two key heads that two share each."""
+    return with_heads(case, (2, 4))
 
 
 # A dispatcher runs the kernels of the others.
 WHOLE = [case for case in cases(tag=SMALL) if not takes(case, "mode")]
-CASES = [case if EXPORT in case.tags else one_head(case) for case in WHOLE]
+CASES = [two_heads(case) if EXPORT in case.tags else one_head(case) for case in WHOLE]
 KERNELS = [case for case in WHOLE if not is_composite(case)]
 HALF = [one_sequence(case) for case in KERNELS if case.tags & {EXPORT, INDUCTOR}]
 
