@@ -55,10 +55,12 @@ class Factors:
         """From the state before row j to what row i reads of it, [lanes * heads, rows + 1, rows + 1] for one sequence a
         lane: j = 0 is the initial state, i = rows the final one. Its transpose serves the gradient.
         """
-        sums = self.log_total[..., 0].flatten(1).T.double().cumsum(1)
-        exponent = torch.cat([sums, sums[:, -1:]], 1)[:, :, None] - torch.nn.functional.pad(sums, (1, 0))[:, None, :]
+        total = self.log_total[..., 0].flatten(1).T.double()
+        before = torch.nn.functional.pad(total.cumsum(1), (1, 0))  # over the rows before each, and over all
         dtype = self.total.dtype
-        return torch.threshold_(exponent, floor(dtype), NEVER).exp_().tril_().to(dtype)
+        # Readers hold up to exp(SPLIT) against their own row's decay: only what decays before it may be dropped.
+        weight = torch.threshold_(before[:, :, None] - before[:, None, :], floor(dtype), NEVER).exp_().tril_()
+        return (weight * torch.nn.functional.pad(total, (0, 1)).exp_()[:, :, None]).to(dtype)
 
 
 def chunk_size(g: Tensor, largest: int) -> int:

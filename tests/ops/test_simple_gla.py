@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fla_ops
 from fla_ops.common import decay
-from fla_ops.simple_gla import aten
+from fla_ops.simple_gla import aten, chunked
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing
@@ -106,6 +106,21 @@ def test_chunks_are_made_small_enough_to_split_their_decay(strength: float) -> N
     size = decay.chunk_size(g, 64)
     fits = [s for s in (64, 32, 16) if min(40, s) * strength < decay.SPLIT[torch.float32]]
     assert size == (fits[0] if fits else 64)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+@pytest.mark.parametrize("strength", [0.1, 1.7, 2.4])
+def test_many_chunks_of_mild_and_of_just_splittable_decay(form: str, strength: float) -> None:
+    """A chunk may decay by exp(-38): the step after its end still sees what lies right before it."""
+    time = 16 * (chunked.ROWS + 4) + 5
+    arguments = inputs(time, H, H) | {"initial_state": draw(B, H, K, V)}
+    arguments["g"] = torch.full((B, time, H), -strength, dtype=torch.float64)
+    single = {n: x.float() for n, x in arguments.items()}
+    assert decay.chunk_size(single["g"], 16) * strength < decay.SPLIT[torch.float32]
+    found = with_gradients(form, single | {"output_final_state": True})
+    expected = with_gradients("fused_recurrent_simple_gla", arguments | {"output_final_state": True})
+    for x, y in zip(found, expected, strict=True):
+        numerics.close(x, y, torch.float32)
 
 
 @pytest.mark.parametrize("form", FORMS)
