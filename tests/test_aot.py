@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from tests import aot
 
-PINNED = triton.__version__ >= "3.7"  # other compilers give some kernels a few registers less
+NO_SPILLS_FROM = (3, 7)  # of Triton: older compilers give some kernels a few registers less
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {}
 for path in sorted(Path(__file__).parent.glob("aot_*.py")):
     CALLS |= importlib.import_module(f"tests.{path.stem}").CALLS
@@ -60,7 +60,8 @@ def test_entry(target: str, kernel: str, entry: dict[str, Any]) -> None:
         chosen = [x for x in launches if x.kernel.__name__ == f"{kernel}_kernel"]
         assert chosen, f"{call.__name__} launches no {kernel}"
         used = aot.usage(aot.compile_for(target, chosen[-1]))
-        assert used.spilled == 0 or not PINNED, used
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= NO_SPILLS_FROM:
+            assert used.spilled == 0, used
         assert used.shared <= aot.SHARED_LIMIT[target], used
         if entry["dtype"] == "half":  # kernels that multiply no matrices have entries for any dtype
             assert used.tensor_core, used
