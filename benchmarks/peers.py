@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -144,9 +145,14 @@ def _softmax(inputs: Inputs, _variant: Any) -> Made:
 
 def _product(inputs: Inputs, _variant: Any) -> Made:
     """A square matrix product, for the share of its rate that others reach."""
-    side, like = SIDE["cpu"], inputs["q"]
-    a, b = (torch.randn(side, side, dtype=like.dtype) for _ in range(2))
+    a, b = _factors(inputs["q"].dtype)
     return lambda: a @ b, []
+
+
+@cache
+def _factors(dtype: torch.dtype) -> Tensor:
+    """Two matrices, the same for every set of inputs."""
+    return torch.randn(2, SIDE["cpu"], SIDE["cpu"], dtype=dtype)
 
 
 def _copy(inputs: Inputs, _variant: Any) -> Made:

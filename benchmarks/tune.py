@@ -2,8 +2,8 @@
 
 For each operator it finds out which entries of the table its launches read, tries the neighbours of each (tiles halved
 and doubled, warps and stages likewise), and keeps what is faster by more than the noise. A setting is dropped if its
-kernel spills, does not fit into shared memory, or changes the result. The table's widths
-are bounds: a setting tuned at smaller widths than its entry's becomes an entry of its own.
+kernel spills, does not fit into shared memory, or changes the result. The table's widths are bounds: a setting tuned at
+smaller widths than its entry's becomes an entry of its own.
 """
 
 from __future__ import annotations

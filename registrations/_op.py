@@ -52,6 +52,13 @@ def resolve(path: str) -> Callable[..., Any]:
     return found
 
 
+@cache
+def _resolve_on_host(path: str) -> Callable[..., Any]:
+    """The same for a CPU, whose allocator keeps what is freed from then on."""
+    _heap.keep_freed()
+    return resolve(path)
+
+
 def _complete(op: OpOverload, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     """Call `function()` with every argument of the schema: the dispatcher drops trailing ones that equal their
     default.
@@ -66,16 +73,6 @@ def _complete(op: OpOverload, function: Callable[[], Callable[..., Any]]) -> Cal
 
 def _kernel(op: OpOverload, path: str) -> Callable[..., Any]:
     return _complete(op, lambda: resolve(path))
-
-
-def _on_the_host(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch with an allocator that keeps what was freed."""
-
-    def prepared(*args: Any) -> Any:
-        _heap.keep_freed()
-        return kernel(*args)
-
-    return prepared
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +122,7 @@ def register(
     if (taken := list(inspect.signature(fake).parameters)) != arguments:
         raise TypeError(f"{qualified}: the fake must take the schema's arguments {arguments}, got {taken}")
 
-    LIBRARY.impl(name, _on_the_host(_kernel(op, cuda if INTERPRETED else cpu)), "CPU")
+    LIBRARY.impl(name, _complete(op, lambda: _resolve_on_host(cuda if INTERPRETED else cpu)), "CPU")
     LIBRARY.impl(name, _on_its_device(_kernel(op, cuda)), "CUDA")
     torch.library.register_fake(qualified, _complete(op, lambda: fake), lib=LIBRARY)
     LIBRARY.impl(name, _gradient.kernel(op, setup_context, backward), "Autograd", with_keyset=True)

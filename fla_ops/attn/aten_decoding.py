@@ -31,7 +31,9 @@ def one_step(q, k, v, g, scale, cu_seqlens, do_gate_scale, sink_bias, window_siz
         if g is not None:
             later = g.new_zeros((g.shape[2], end - first), dtype=torch.float64)  # from the last step to the first
             later[:, 1:] = g[0, first + 1 : end].mT.flip(1)
-            later = later.cumsum_(1).mul_(factor) if do_gate_scale else later.cumsum_(1)
+            later.cumsum_(1)
+            if do_gate_scale:
+                later *= factor
             x += later.to(dtype).flip(1).view_as(x)
         if sink is not None:
             x = torch.cat([x, sink], -1)

@@ -101,15 +101,15 @@ class DenseChunks(_Chunks):
             _fill(chunked, flat, scale)
         return out
 
-    def join(self, y: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
-        """The inverse of split: a factor has the same shape, and multiplies y."""
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
         _, _, heads, _, width = y.shape
         x = y.new_empty((self.batch, self.time, heads, width), dtype=dtype)
-        self.write(y, x, factor)
+        self.write(y, x)
         return x
 
     def write(self, y: Tensor, x: Tensor, factor: Factor = None) -> None:
-        """The same into x [B, T, heads, D]."""
+        """The same into x [B, T, heads, D], times a factor of the shape that split takes."""
         for chunked, flat, scale in self._pieces(y, x, factor):
             _fill(flat, chunked, scale)
 
@@ -163,9 +163,8 @@ class PackedChunks(_Chunks):
         rows = rows.transpose(1, 2).contiguous().unsqueeze(1)
         return rows if factor is None else rows.mul_(factor)
 
-    def join(self, y: Tensor, dtype: torch.dtype, factor: Factor = None) -> Tensor:
-        """The inverse of split: a factor has the same shape, and multiplies y."""
-        y = y if factor is None else y * factor
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
         flat = y.squeeze(1).transpose(1, 2).flatten(0, 1)
         return flat.index_select(0, self._row_step).to(dtype).unsqueeze(0)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18
+BLOCK = 1 << 18  # numbers: the states of a block stay in a core's second-level cache between the calls on them
 
 Index = slice | Tensor
 

@@ -42,10 +42,9 @@ class TracedDense:
             .clone(memory_format=torch.contiguous_format)
         )
 
-    def join(self, y: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
-        """The inverse of split: a factor multiplies y."""
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
         _, _, heads, _, width = y.shape
-        y = y if factor is None else y * factor
         x = y.permute(1, 0, 3, 2, 4).reshape(self.batch, self.rows * self.size, heads, width)
         return x[:, : self.time].to(dtype).clone(memory_format=torch.contiguous_format)
 
@@ -108,9 +107,8 @@ class TracedPacked:
         rows = rows if factor is None else rows * factor
         return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format).unsqueeze(1)
 
-    def join(self, y: Tensor, dtype: torch.dtype, factor: float | None = None) -> Tensor:
-        """The inverse of split: a factor multiplies y."""
-        y = y if factor is None else y * factor
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
         return y.squeeze(1).transpose(1, 2).flatten(0, 1)[self.place].to(dtype).unsqueeze(0)
 
     def scan(

@@ -103,12 +103,12 @@ def _backward(
         dstate = _state_of(dfinal, sequence, q, v, state_v_first)
         segments = []
         for a, b in _segments(v, start, end, chunk_size):
-            layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
-            before, kept = state, None
+            before, held = state, None
             if keep or b < end:
+                layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
                 kept, state = chunked.chunk_states(layout, written, before)
-            segments.append((a, b, before, (layout, written, kept) if keep else None))
-            layout = written = kept = None
+                held = (layout, written, kept) if keep else None
+            segments.append((a, b, before, held))
         while segments:
             a, b, before, held = segments.pop()
             layout, written, kept = held or (*_cut(k, v, g, g_gamma, a, b, chunk_size), None)

@@ -108,10 +108,7 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
         if decay is not None:
             current.mul_(decay[some].flatten(0, 1))
         current.baddbmm_(keys[some].flatten(0, 1), values[some].flatten(0, 1))
-        if isinstance(some, slice):
-            torch.bmm(queries[some].flatten(0, 1), current, out=o[some].flatten(0, 1))
-        else:
-            o[some] = torch.bmm(queries[some].flatten(0, 1), current).unflatten(0, (-1, heads))
+        o[some] = torch.bmm(queries[some].flatten(0, 1), current).unflatten(0, (-1, heads))
         pools.update(state, at, held, current)
     return o.squeeze(2).to(v.dtype)
 

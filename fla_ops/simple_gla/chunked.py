@@ -122,8 +122,7 @@ def backward(
         if need_gamma:
             dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
     if need_q:
-        factor = scale_of(q, scale)
-        dq = leave(0, _sum_group(dq), decay.row.squeeze(3) * factor if isinstance(decay, Factors) else factor)
+        dq = leave(0, _sum_group(dq), _query_factor(q, decay, scale))
     if need_k:
         dk = leave(1, _sum_group(dk), decay.column.squeeze(3) if isinstance(decay, Factors) else None)
     if need_v:
@@ -142,7 +141,7 @@ def backward(
 
 def joining(layout: Any, *like: Tensor) -> Leave:
     """For `backward`: dq, dk and dv as [B, T, heads, D], each in its input's dtype."""
-    return lambda i, gradient, factor: layout.join(gradient, like[i].dtype, factor)
+    return lambda i, x, factor: layout.join(x if factor is None else x * factor, like[i].dtype)
 
 
 def chunk_states(layout: Any, written: Written, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,10 +170,14 @@ def leave_state(state: Tensor, state_v_first: bool) -> Tensor:
 
 def _queries(layout: Any, q: Tensor, written: Written, scale: float | None) -> Tensor:
     """Queries in chunks, scaled; where the decay splits into factors, they hold theirs."""
-    factor: Factor = scale_of(q, scale)
-    if isinstance(written.decay, Factors):
-        factor = written.decay.row.squeeze(3) * factor
+    factor = _query_factor(q, written.decay, scale)
     return cast("Tensor", layout.split(q, written.values.dtype, factor)).unsqueeze(3)
+
+
+def _query_factor(q: Tensor, decay: Weights, scale: float | None) -> Factor:
+    """What queries are multiplied by while they are cut into chunks."""
+    factor = scale_of(q, scale)
+    return decay.row.squeeze(3) * factor if isinstance(decay, Factors) else factor
 
 
 def _states(layout: Any, written: Written, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,8 +221,8 @@ def _carried(a: Tensor, b: Tensor, edge: Tensor | None, across: Tensor, reverse:
         first.copy_(edge)
     torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=updates.flatten(0, -3))
     out = torch.empty_like(steps)
-    by_lane = (x.flatten(-2).flatten(1, -2).transpose(0, 1) for x in (steps, out))
-    torch.bmm(across, next(by_lane), out=next(by_lane))
+    steps_of_lane, out_of_lane = (x.flatten(-2).flatten(1, -2).transpose(0, 1) for x in (steps, out))
+    torch.bmm(across, steps_of_lane, out=out_of_lane)
     return out
 
 
