@@ -13,11 +13,11 @@ import torch
 
 
 def package_digest() -> str:
-    """A hash over every Python source and data table of the package."""
+    """A hash over every source and data table of the package."""
     package = Path(__file__).parent.parent  # not resolved: in a checkout this folder is a link inside the package
     digest = hashlib.sha256()
     for folder in (package, package / "meta", package / "registrations"):
-        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".json")):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".json")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

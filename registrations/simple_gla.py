@@ -60,7 +60,7 @@ for form in ("chunk", "fused_chunk"):
         f"{form}_simple_gla(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? g_gamma=None, float? scale=None, "
         "Tensor? initial_state=None, bool output_final_state=False, bool state_v_first=False, Tensor? cu_seqlens=None, "
         "Tensor? cu_seqlens_cpu=None, int chunk_size=64) -> (Tensor o, Tensor? final_state)",
-        cpu=f"fla_ops.simple_gla.aten:{form}_forward",
+        cpu=f"fla_ops.simple_gla.host:{form}_forward",
         cuda=f"fla_ops.simple_gla.{form}:forward",
         fake=fake.chunk_forward,
         setup_context=_keep_chunk,
@@ -74,7 +74,7 @@ for form in ("chunk", "fused_chunk"):
         f"{form}_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, "
         "Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool state_v_first, int chunk_size, "
         f"bool[6] output_mask) -> {GRADIENTS}",
-        cpu=f"fla_ops.simple_gla.aten:{form}_backward",
+        cpu=f"fla_ops.simple_gla.host:{form}_backward",
         cuda=f"fla_ops.simple_gla.{form}:backward",
         fake=fake.chunk_backward,
         flops=_flops.linear_chunk_backward,
@@ -109,7 +109,7 @@ register(
     "fused_recurrent_simple_gla(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? g_gamma=None, float? scale=None, "
     "Tensor? initial_state=None, bool output_final_state=False, bool reverse=False, bool state_v_first=False, "
     "Tensor? cu_seqlens=None, Tensor? cu_seqlens_cpu=None) -> (Tensor o, Tensor? final_state)",
-    cpu="fla_ops.simple_gla.aten_recurrent:forward",
+    cpu="fla_ops.simple_gla.host_recurrent:forward",
     cuda="fla_ops.simple_gla.fused_recurrent:forward",
     fake=fake.recurrent_forward,
     setup_context=_keep_recurrent,
@@ -171,7 +171,7 @@ register(
 register(
     "simple_gla_step_(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? g=None, Tensor? g_gamma=None, "
     "float? scale=None, Tensor? slots=None) -> Tensor",
-    cpu="fla_ops.simple_gla.aten_recurrent:step",
+    cpu="fla_ops.simple_gla.host_recurrent:step",
     cuda="fla_ops.simple_gla.decoding:step",
     fake=fake.step,
     cast=ACTIVATIONS,

@@ -55,7 +55,7 @@ def package_files() -> Iterator[tuple[str, bytes]]:
     """Each file that the wheel owes, by its name there."""
     for folder, shipped_as in SHIPPED.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and (path.suffix in {".py", ".json"} or path.name == "py.typed"):
+            if path.is_file() and (path.suffix in {".py", ".json", ".cpp", ".h"} or path.name == "py.typed"):
                 yield f"{shipped_as}/{path.relative_to(ROOT / folder).as_posix()}", path.read_bytes()
 
 
@@ -65,6 +65,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert shipped == dict(package_files())
     assert {"fla_ops/py.typed", "fla_ops/meta/simple_gla.py", "fla_ops/registrations/simple_gla.py"} <= shipped.keys()
     assert any(name.startswith("fla_ops/launch/") and name.endswith(".json") for name in shipped)
+    assert {"fla_ops/common/matrices.h", "fla_ops/simple_gla/chunk.cpp"} <= shipped.keys()
 
 
 COMPUTE = """
@@ -79,6 +80,8 @@ g = torch.nn.functional.logsigmoid(torch.randn(2, 70, 3, dtype=torch.float64))
 chunk = fla_ops.chunk_simple_gla(q, k, v, g=g, output_final_state=True)
 recurrent = fla_ops.fused_recurrent_simple_gla(q, k, v, g=g, output_final_state=True)
 torch.testing.assert_close(chunk, recurrent)
+o, _ = fla_ops.chunk_simple_gla(q.float(), k.float(), v.float(), g=g)  # in C++
+torch.testing.assert_close(o, chunk[0].float())
 
 folder = Path(sys.argv[1])
 files = [Path(m.__file__) for name, m in list(sys.modules.items()) if name.split(".")[0] == "fla_ops"]
@@ -104,7 +107,7 @@ def test_import_loads_neither_triton_nor_a_launcher() -> None:
     loaded = run(sys.executable, "-c", IMPORT, cwd=ROOT).split()
     assert "fla_ops.simple_gla.api" in loaded
     assert "triton" not in loaded
-    launchers = {"chunk", "fused_chunk", "parallel", "fused_recurrent", "decoding", "aten"}
+    launchers = {"chunk", "fused_chunk", "parallel", "fused_recurrent", "decoding", "aten", "host"}
     assert [name for name in loaded if name.startswith("fla_ops.") and name.split(".")[-1] in launchers] == []
 
 

@@ -82,7 +82,7 @@ def test_chunk_size_does_not_change_the_result(form: str, size: int) -> None:
 @pytest.mark.parametrize("given", [("g",), ("g_gamma",), ()], ids=["per-step", "constant", "none"])
 @pytest.mark.parametrize("form", STATEFUL[:2])
 def test_segments_go_on_from_each_other(form: str, given: tuple[str, ...]) -> None:
-    """Two chunks in a segment, on a CPU, against all chunks in one."""
+    """Two chunks in a segment, in float64 on a CPU, against all chunks in one."""
     decays = {"g": inputs(time=150)["g"], "g_gamma": -draw(H, seed=5).abs()}
     arguments = inputs(time=150) | {"initial_state": draw(B, H, K, V, seed=6), "output_final_state": True, "g": None}
     arguments |= {name: decays[name] for name in given}

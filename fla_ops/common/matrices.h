@@ -1,0 +1,250 @@
+// Small float32 matrices in a core's cache, for the C++ kernels of a CPU: products, transposes, and rows in and out of
+// tensors of any dtype.
+//
+// Rows and columns are rounded up to 16, with zeros past the edge, so that no loop has a remainder. The distance
+// between rows is an odd number of cache lines: a column of a wide matrix does not fall on a few cache sets.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 8;  // of 32 registers, 16 hold sums
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE_ROWS = 4;  // of 16 registers, 8 hold sums
+#else
+constexpr int LANES = 4, TILE_ROWS = 8;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Vector read(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
+inline void write(float* x, Vector y) { *reinterpret_cast<Unaligned*>(x) = y; }
+
+inline int padded(int64_t n) { return int((n + 15) / 16 * 16); }
+
+// Below float32's normal range, results become zero and operands count as zero, while this lives: denormals slow
+// x86's arithmetic down a hundredfold.
+struct FlushDenormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+struct Matrix {
+    float* at;
+    int distance;  // between rows
+
+    static int distance_for(int64_t width) { return padded(width) | 16; }
+    static int64_t numbers(int64_t rows, int64_t width) { return int64_t(padded(rows)) * distance_for(width); }
+    Matrix(float* at, int64_t width) : at(at), distance(distance_for(width)) {}
+    float* operator[](int64_t row) const { return at + row * distance; }
+};
+
+// The left side of a product: element [i, k] lies at at[i * row + k * column].
+struct Left {
+    const float* at;
+    int64_t row, column;
+    Left(Matrix x) : at(x.at), row(x.distance), column(1) {}
+    static Left transposed(Matrix x) {
+        Left t(x);
+        std::swap(t.row, t.column);
+        return t;
+    }
+};
+
+// Which part of a product is needed: all of it; k <= i, or k >= i, because the left side is a triangle; or the
+// result's own lower triangle.
+enum Part { ALL, UP_TO_ROW, FROM_ROW, LOWER };
+
+template <int N>
+inline void product_tile(Left a, const float* b, int64_t b_row, float* c, int64_t c_row, int first, int last, bool add) {
+    Vector sums[TILE_ROWS][N];
+    for (int i = 0; i < TILE_ROWS; i++)
+        for (int n = 0; n < N; n++) sums[i][n] = add ? read(c + i * c_row + n * LANES) : Vector{};
+    for (int k = first; k < last; k++) {
+        Vector right[N];
+        for (int n = 0; n < N; n++) right[n] = read(b + k * b_row + n * LANES);
+        for (int i = 0; i < TILE_ROWS; i++) {
+            float left = a.at[i * a.row + k * a.column];
+            for (int n = 0; n < N; n++) sums[i][n] += left * right[n];
+        }
+    }
+    for (int i = 0; i < TILE_ROWS; i++)
+        for (int n = 0; n < N; n++) write(c + i * c_row + n * LANES, sums[i][n]);
+}
+
+// c = a b, or with `add` c += a b: [rows, inner] times [inner, columns], all of them padded counts.
+inline void product(Left a, Matrix b, Matrix c, int rows, int inner, int columns, bool add = false, Part part = ALL) {
+    for (int j = 0; j < columns; j += 2 * LANES)
+        for (int i = part == LOWER ? j : 0; i < rows; i += TILE_ROWS) {
+            int first = part == FROM_ROW ? i : 0, last = part == UP_TO_ROW ? std::min(inner, i + TILE_ROWS) : inner;
+            Left rows_of_a = a;
+            rows_of_a.at += i * a.row;
+            auto tile = j + LANES < columns ? product_tile<2> : product_tile<1>;
+            tile(rows_of_a, b.at + j, b.distance, c[i] + j, c.distance, first, last, add);
+        }
+}
+
+template <int... LANE>
+struct Lanes {
+    static Vector zip_low(Vector a, Vector b) {
+        return __builtin_shufflevector(a, b, (LANE / 2 + LANE % 2 * LANES)...);
+    }
+    static Vector zip_high(Vector a, Vector b) {
+        return __builtin_shufflevector(a, b, (LANE / 2 + LANES / 2 + LANE % 2 * LANES)...);
+    }
+};
+template <int N, int... LANE>
+struct UpTo : UpTo<N - 1, N - 1, LANE...> {};
+template <int... LANE>
+struct UpTo<0, LANE...> : Lanes<LANE...> {};
+
+// y = x^T for x [rows, columns]. Zipping row r with row r + LANES / 2, for all r, transposes in log2(LANES) rounds.
+inline void transpose(Matrix x, Matrix y, int rows, int columns) {
+    using Zip = UpTo<LANES>;
+    for (int i = 0; i < rows; i += LANES)
+        for (int j = 0; j < columns; j += LANES) {
+            Vector from[LANES], to[LANES];
+            for (int r = 0; r < LANES; r++) from[r] = read(x[i + r] + j);
+            for (int round = 1; round < LANES; round *= 2) {
+                for (int r = 0; r < LANES / 2; r++) {
+                    to[2 * r] = Zip::zip_low(from[r], from[r + LANES / 2]);
+                    to[2 * r + 1] = Zip::zip_high(from[r], from[r + LANES / 2]);
+                }
+                std::copy(to, to + LANES, from);
+            }
+            for (int r = 0; r < LANES; r++) write(y[j + r] + i, from[r]);
+        }
+}
+
+// y = diag(factor) x; y may be x.
+inline void scale_rows(Matrix x, const float* factor, Matrix y, int rows, int columns) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j += LANES) write(y[i] + j, read(x[i] + j) * factor[i]);
+}
+
+// z = x * y, element by element, in the blocks of 16 columns that the lower triangle meets; z may be x.
+inline void times_lower(Matrix x, Matrix y, Matrix z, int rows) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < padded(i + 1); j += LANES) write(z[i] + j, read(x[i] + j) * read(y[i] + j));
+}
+
+inline void add(Matrix x, Matrix y, int rows, int columns) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j += LANES) write(y[i] + j, read(y[i] + j) + read(x[i] + j));
+}
+
+inline float sum(Vector x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+inline float dot(const float* x, const float* y, int columns) {
+    Vector total{};
+    for (int j = 0; j < columns; j += LANES) total += read(x + j) * read(y + j);
+    return sum(total);
+}
+
+struct BFloat16 {
+    uint16_t bits;
+    BFloat16(float x) {
+        uint32_t wide;
+        std::memcpy(&wide, &x, 4);
+        bits = x != x ? 0x7fc0 : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+    }
+    operator float() const {
+        uint32_t wide = uint32_t(bits) << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+};
+
+enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
+
+// Calls body(static_cast<T*>(data)) with the type that `dtype` names.
+template <class Body>
+inline void typed(Dtype dtype, void* data, Body body) {
+    if (dtype == FLOAT32)
+        body(static_cast<float*>(data));
+    else if (dtype == BFLOAT16)
+        body(static_cast<BFloat16*>(data));
+    else
+        body(static_cast<_Float16*>(data));
+}
+
+// A tensor [B, T, heads, width] whose last dimension is dense; the other strides are in numbers. Null where not given.
+struct Steps {
+    void* data;
+    Dtype dtype;
+    int64_t sequence, step, head;
+
+    int64_t offset(int64_t b, int64_t t, int64_t h) const { return b * sequence + t * step + h * head; }
+
+    void load_row(int64_t b, int64_t t, int64_t h, int width, float* x, float factor = 1) const {
+        typed(dtype, data, [&](auto* numbers) {
+            auto* from = numbers + offset(b, t, h);
+            for (int j = 0; j < width; j++) x[j] = factor * float(from[j]);
+        });
+    }
+
+    void store_row(int64_t b, int64_t t, int64_t h, int width, const float* x, float factor = 1) const {
+        typed(dtype, data, [&](auto* numbers) {
+            auto* to = numbers + offset(b, t, h);
+            for (int j = 0; j < width; j++) to[j] = factor * x[j];
+        });
+    }
+
+    // Some steps of one head, times a factor, into x; zeros past the edges.
+    void load(int64_t b, int64_t t, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
+        for (int i = 0; i < padded(rows); i++) {
+            if (i < rows) load_row(b, t + i, h, width, x[i], factor);
+            std::fill(x[i] + (i < rows ? width : 0), x[i] + padded(width), 0.f);
+        }
+    }
+
+    void store(int64_t b, int64_t t, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
+        for (int i = 0; i < rows; i++) store_row(b, t + i, h, width, x[i], factor);
+    }
+};
+
+// Hands out parts of an allocation that start on cache lines; without one, only counts.
+struct Space {
+    float* base = nullptr;
+    int64_t used = 0;
+    float* take(int64_t numbers) {
+        int64_t at = used;
+        used += padded(numbers);
+        return base ? base + at : nullptr;
+    }
+    Matrix matrix(int64_t rows, int64_t width) { return {take(Matrix::numbers(rows, width)), width}; }
+};
+
+// body(i) for all i: spread over the threads of a parallel region, or all by this thread.
+template <class Body>
+void spread(bool shared, int64_t count, Body body) {
+    if (!shared) {
+        for (int64_t i = 0; i < count; i++) body(i);
+        return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) body(i);
+}
+
+}  // namespace
