@@ -134,6 +134,18 @@ def cu_seqlens_values_async(offsets: Tensor, time: Size) -> None:
     torch._assert_async((offsets[1:] >= offsets[:-1]).all(), "cu_seqlens must never fall")
 
 
+def slot_values(slots: Tensor, pool: int) -> list[int]:
+    """The slots as integers, checked in full. For host tensors."""
+    values: list[int] = slots.tolist()
+    used = [s for s in values if s != -1]
+    for s in used:
+        if not 0 <= s < pool:
+            raise ValueError(f"slots must be -1 or in [0, P) with P = {pool}, got {s}")
+    if len(set(used)) < len(used):
+        raise ValueError(f"slots must differ from each other apart from -1, got {values}")
+    return values
+
+
 def _sizes(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 

@@ -122,7 +122,7 @@ register(
     "fused_recurrent_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool reverse, "
     f"bool state_v_first, bool[6] output_mask) -> {GRADIENTS}",
-    cpu="fla_ops.simple_gla.aten_recurrent:backward",
+    cpu="fla_ops.simple_gla.host_recurrent:backward",
     cuda="fla_ops.simple_gla.fused_recurrent:backward",
     fake=fake.recurrent_backward,
     flops=_flops.linear_recurrent_backward,

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fla_ops import validation as valid
 from fla_ops.common import pools
 from fla_ops.common.chunks import runs
-from fla_ops.simple_gla.checks import slot_values
 
 from . import aten_abc as abc
 from . import checks
@@ -136,7 +136,7 @@ def step(q, k, v, s, g, state_k, state_v, scale, slots):
     """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache."""
     checks.launch_step(q, k, v, s, g, state_k, state_v, slots)
     sequences, heads, value_width = v.shape
-    rows = list(range(sequences)) if slots is None else slot_values(slots, len(state_k))
+    rows = list(range(sequences)) if slots is None else valid.slot_values(slots, len(state_k))
     dtype = compute_dtype(v)
     queries = q.to(dtype).unflatten(1, (heads, -1)) * scale_of(q, scale)
     keys, values, weights = (x.to(dtype) for x in (k, v, s))

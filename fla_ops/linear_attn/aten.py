@@ -8,7 +8,6 @@ from torch import Tensor
 from fla_ops import validation as valid
 from fla_ops.common import pools
 from fla_ops.common.chunks import Chunks, DenseChunks, PackedChunks
-from fla_ops.simple_gla.checks import slot_values
 
 from . import checks, chunked
 
@@ -31,7 +30,7 @@ def step(q, k, o, z, scale, slots):
     """One step for N sequences: rows of z updated in place."""
     checks.launch_step(q, k, o, z, slots)
     pool = z.squeeze(1)
-    rows = list(range(len(q))) if slots is None else slot_values(slots, len(pool))
+    rows = list(range(len(q))) if slots is None else valid.slot_values(slots, len(pool))
     y = torch.zeros_like(o, memory_format=torch.contiguous_format)
     for some, at in pools.blocks(rows, pool.shape[1] * pool.shape[2]):
         y[some], sums = _advance(q[some], k[some], o[some], pool[at], scale)

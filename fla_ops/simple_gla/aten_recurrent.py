@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fla_ops import validation as valid
 from fla_ops.common import pools
 from fla_ops.common.chunks import runs
 
@@ -92,7 +93,7 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     """One step for N sequences, state rows updated in place, block by block while these are in the cache."""
     checks.launch_step(q, k, v, state, g, g_gamma, slots)
     sequences, heads, width = v.shape
-    rows = list(range(sequences)) if slots is None else checks.slot_values(slots, len(state))
+    rows = list(range(sequences)) if slots is None else valid.slot_values(slots, len(state))
     dtype, groups = compute_dtype(v), heads // k.shape[1]
     queries, keys = (x.to(dtype).repeat_interleave(groups, 1) if groups > 1 else x.to(dtype) for x in (q, k))
     queries, keys, values = (queries * _step_scale(q, scale)).unsqueeze(2), keys.unsqueeze(3), v.to(dtype).unsqueeze(2)

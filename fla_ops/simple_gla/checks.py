@@ -167,15 +167,3 @@ def launch_step(
     ):
         return
     step(q, k, v, state, g, g_gamma, slots)
-
-
-def slot_values(slots: Tensor, pool: int) -> list[int]:
-    """The slots as integers, checked in full. For host tensors."""
-    values: list[int] = slots.tolist()
-    used = [s for s in values if s != -1]
-    for s in used:
-        if not 0 <= s < pool:
-            raise ValueError(f"slots must be -1 or in [0, P) with P = {pool}, got {s}")
-    if len(set(used)) < len(used):
-        raise ValueError(f"slots must differ from each other apart from -1, got {values}")
-    return values

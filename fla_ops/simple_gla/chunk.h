@@ -1,10 +1,12 @@
 // What the chunk forms of simple_gla work on: the arguments, the chunks, their decays, and who holds which states.
 
-#include "common/matrices.h"
+#include "common/kernels.h"
 
-constexpr int CHUNK = 64;          // steps in a chunk, at most
-constexpr int WINDOW = 8;          // chunks whose states the fused form's backward pass has at once
+namespace {
+
+constexpr int CHUNK = 64;  // steps in a chunk, at most
 constexpr float RESET = 9.36e-14f;  // exp(-30): a step that decays as strongly has no gate gradient
+constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
 // The arguments of both operators, as host.py passes them. Pointers are null where there is nothing to pass.
 struct Call {
@@ -19,8 +21,6 @@ struct Call {
     float* dstate;                 // [N, H, K, V]: gradient of the final state, then of the initial one; dq needs none
     float* space;                  // as many numbers as chunk_space says
 };
-
-namespace {
 
 struct Chunk {
     int64_t batch, start;
@@ -44,9 +44,9 @@ struct Chunks {
 
 // The decays in one chunk of one head.
 struct Decay {
-    Matrix within;                       // D
+    Matrix within;                      // D
     float *step, *from_start, *to_end;  // exp(g), a, b
-    float total = 1;                     // d
+    float total = 1;                    // d
 
     explicit Decay(Space& space)
         : within(space.matrix(CHUNK, CHUNK)),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fla_ops import validation as valid
 from fla_ops.common import compiled
 
 from . import aten, checks
@@ -115,11 +114,8 @@ def _run(
     must outlive the call: hence the names.
     """
     dstate, dq, dk, dv, dg = gradients or (None,) * 5
-    q, k, v, o = (compiled.dense(x) for x in (q, k, v, o))
     g, g_gamma = (compiled.float32(x) for x in (g, g_gamma))
-    offsets = None
-    if cu_seqlens is not None:
-        offsets = torch.tensor(valid.cu_seqlens_values(cu_seqlens, q.shape[1]))
+    offsets = compiled.offsets(cu_seqlens, q)
     batch, time, key_heads, width = q.shape
     call = Call(
         *(batch, time, state.shape[0], key_heads, v.shape[2], width, v.shape[3]),

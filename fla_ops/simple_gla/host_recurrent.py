@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,10 @@ from fla_ops import validation as valid
 from fla_ops.common import compiled
 
 from . import aten_recurrent, checks
+from .chunked import scale_of
 from .host import state_of
+
+SOURCE = "simple_gla/recurrent.cpp"
 
 
 class Call(ctypes.Structure):
@@ -22,8 +26,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("reverse", "threads")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("offsets", "slots", "g", "g_gamma")),
-        *((name, compiled.Steps) for name in ("q", "k", "v", "o", "state")),
-        ("state_column", ctypes.c_int64),
+        *((name, compiled.Steps) for name in ("q", "k", "v", "o", "state", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("dg", "dstate")),
     )
 
 
@@ -31,37 +35,79 @@ def forward(
     q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
 ):
     """One state for each sequence and head, updated in place at every step."""
-    library = compiled.library("simple_gla/recurrent.cpp", v)
-    options = (initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    library = compiled.library(SOURCE, v)
     if library is None:
+        options = (initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu)
         return aten_recurrent.forward(q, k, v, g, g_gamma, scale, *options)
     checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
-    offsets = None
-    if cu_seqlens is not None:
-        offsets = torch.tensor(valid.cu_seqlens_values(cu_seqlens, q.shape[1]))
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
-    _run(library, q, k, v, o, state, g, g_gamma, scale, reverse, offsets, None)
+    gates = (g, g_gamma, scale_of(q, scale), reverse)
+    _run(library.recurrent_forward, q, k, v, o, state, *gates, compiled.offsets(cu_seqlens, q))
     if not output_final_state:
         return o, None
     return o, state.mT.contiguous() if state_v_first else state
 
 
+def backward(
+    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
+):
+    """The state runs again along time, then its gradient against it. No state is kept."""
+    library = compiled.library(SOURCE, v)
+    if library is None:
+        inputs = (q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state)
+        return aten_recurrent.backward(*inputs, scale, reverse, state_v_first, output_mask)
+    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+    dq, dk = (compiled.for_each_head(x, v) if wanted else None for wanted, x in ((need_q, q), (need_k, k)))
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else None
+    dg = dgamma = dstate = None
+    if need_g or need_gamma:
+        dg = v.new_empty(v.shape[:3], dtype=torch.float32)
+    if any(output_mask[1:]):
+        dstate = state_of(dfinal_state, q, v, cu_seqlens, state_v_first)
+    state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
+    gates = (g, g_gamma, scale_of(q, scale), reverse)
+    _run(
+        library.recurrent_backward,
+        q,
+        k,
+        v,
+        do,
+        state,
+        *gates,
+        compiled.offsets(cu_seqlens, q),
+        None,
+        dstate,
+        dq,
+        dk,
+        dv,
+        dg,
+    )
+    dq, dk = (None if d is None else compiled.sum_groups(d, x) for d, x in ((dq, q), (dk, k)))
+    if need_gamma:
+        dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
+    if not need_state:
+        return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, None
+    dstate = (dstate.mT.contiguous() if state_v_first else dstate).to(initial_state.dtype)
+    return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, dstate
+
+
 def step(q, k, v, state, g, g_gamma, scale, slots):
     """One step for N sequences: rows of the pool updated in place."""
-    library = compiled.library("simple_gla/recurrent.cpp", v, state)
-    checks.launch_step(q, k, v, state, g, g_gamma, slots)
+    library = compiled.library(SOURCE, v, state)
     if library is None:
         return aten_recurrent.step(q, k, v, state, g, g_gamma, scale, slots)
-    rows = None if slots is None else torch.tensor(checks.slot_values(slots, len(state)))
+    checks.launch_step(q, k, v, state, g, g_gamma, slots)
+    rows = None if slots is None else torch.tensor(valid.slot_values(slots, len(state)))
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     once = (x.unsqueeze(1) for x in (q, k, v, o))
-    _run(library, *once, state, g, g_gamma, scale, False, None, rows)
+    scale = float(q.shape[2] ** -0.5 if scale is None else scale)
+    _run(library.recurrent_forward, *once, state, g, g_gamma, scale, False, None, rows)
     return o
 
 
 def _run(
-    library: ctypes.CDLL,
+    kernel: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -69,23 +115,25 @@ def _run(
     state: Tensor,
     g: Tensor | None,
     g_gamma: Tensor | None,
-    scale: float | None,
+    scale: float,
     reverse: bool,
     offsets: Tensor | None,
-    slots: Tensor | None,
+    slots: Tensor | None = None,
+    *gradients: Tensor | None,
 ) -> None:
-    """One call of recurrent.cpp. Every tensor whose address it gets must outlive the call: hence the names."""
-    q, k, v = (compiled.dense(x) for x in (q, k, v))
+    """One call of recurrent.cpp; the gradients are those of the state, of q, k, v and g. Every tensor whose address it
+    gets must outlive the call: hence the names.
+    """
+    dstate, dq, dk, dv, dg = gradients or (None,) * 5
     g, g_gamma = (compiled.float32(x) for x in (g, g_gamma))
     (batch, time, key_heads, key_width), (heads, value_width) = q.shape, v.shape[2:]
     sequences = batch if offsets is None else len(offsets) - 1
     call = Call(
         *(time, sequences, key_heads, heads, key_width, value_width),
         *(reverse, compiled.threads(batch * time * heads * key_width * value_width)),
-        float(key_width**-0.5 if scale is None else scale),
+        scale,
         *(compiled.address(x) for x in (offsets, slots, g, g_gamma)),
-        *(compiled.steps(x) for x in (q, k, v, o)),
-        compiled.steps(state.transpose(1, 2)),
-        state.stride(3),
+        *(compiled.steps(x) for x in (q, k, v, o, state.transpose(1, 2), dq, dk, dv)),
+        *(compiled.address(x) for x in (dg, dstate)),
     )
-    library.recurrent_forward(ctypes.byref(call))
+    kernel(ctypes.byref(call))

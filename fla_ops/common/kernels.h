@@ -1,8 +1,8 @@
-// Small float32 matrices in a core's cache, for the C++ kernels of a CPU: products, transposes, and rows in and out of
-// tensors of any dtype.
+// What the C++ kernels of a CPU share: small float32 matrices in a core's cache, their products and transposes, and rows
+// in and out of tensors of any dtype.
 //
-// Rows and columns are rounded up to 16, with zeros past the edge, so that no loop has a remainder. The distance
-// between rows is an odd number of cache lines: a column of a wide matrix does not fall on a few cache sets.
+// A matrix has its rows and columns rounded up to 16, with zeros past the edge, so that no loop has a remainder. The
+// distance between rows is an odd number of cache lines: a column of a wide matrix does not fall on a few cache sets.
 
 #include <algorithm>
 #include <cmath>
@@ -189,25 +189,34 @@ inline void typed(Dtype dtype, void* data, Body body) {
         body(static_cast<_Float16*>(data));
 }
 
-// A tensor [B, T, heads, width] whose last dimension is dense; the other strides are in numbers. Null where not given.
+// A tensor [B, T, heads, width]; strides are in numbers. Null where not given.
 struct Steps {
     void* data;
     Dtype dtype;
-    int64_t sequence, step, head;
+    int64_t sequence, step, head, column;
 
     int64_t offset(int64_t b, int64_t t, int64_t h) const { return b * sequence + t * step + h * head; }
 
-    void load_row(int64_t b, int64_t t, int64_t h, int width, float* x, float factor = 1) const {
+    // One step's numbers, and its stride from number to number: a constant where they are dense.
+    template <class Body>
+    void row(int64_t b, int64_t t, int64_t h, Body body) const {
         typed(dtype, data, [&](auto* numbers) {
-            auto* from = numbers + offset(b, t, h);
-            for (int j = 0; j < width; j++) x[j] = factor * float(from[j]);
+            if (column == 1)
+                body(numbers + offset(b, t, h), std::integral_constant<int64_t, 1>());
+            else
+                body(numbers + offset(b, t, h), column);
+        });
+    }
+
+    void load_row(int64_t b, int64_t t, int64_t h, int width, float* x, float factor = 1) const {
+        row(b, t, h, [&](auto* from, auto apart) {
+            for (int j = 0; j < width; j++) x[j] = factor * float(from[j * apart]);
         });
     }
 
     void store_row(int64_t b, int64_t t, int64_t h, int width, const float* x, float factor = 1) const {
-        typed(dtype, data, [&](auto* numbers) {
-            auto* to = numbers + offset(b, t, h);
-            for (int j = 0; j < width; j++) to[j] = factor * x[j];
+        row(b, t, h, [&](auto* to, auto apart) {
+            for (int j = 0; j < width; j++) to[j * apart] = factor * x[j];
         });
     }
 
@@ -245,6 +254,38 @@ void spread(bool shared, int64_t count, Body body) {
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) body(i);
+}
+
+
+// The steps of one sequence and head, in the order that a call walks them.
+struct Walk {
+    int64_t sequence, head, key_head, batch, first, steps;
+    bool reverse;
+
+    template <class Call>
+    Walk(const Call& c, int64_t i)
+        : sequence(i / c.heads),
+          head(i % c.heads),
+          key_head(head / (c.heads / c.key_heads)),
+          batch(c.offsets ? 0 : sequence),
+          first(c.offsets ? c.offsets[sequence] : 0),
+          steps((c.offsets ? c.offsets[sequence + 1] : c.time) - first),
+          reverse(c.reverse) {}
+
+    int64_t at(int64_t i) const { return first + (reverse ? steps - 1 - i : i); }
+};
+
+// Each walk of a call by one of its threads; Worker(call, backward) holds what a thread needs.
+template <class Worker, class Call>
+void walk_all(const Call& c, bool backward) {
+#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1)
+    {
+        FlushDenormals flush;
+        Worker worker(c, backward);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < c.sequences * c.heads; i++)
+            backward ? worker.backward(Walk(c, i)) : worker.forward(Walk(c, i));
+    }
 }
 
 }  // namespace

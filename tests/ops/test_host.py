@@ -1,4 +1,4 @@
-"""simple_gla's C++ kernels: where their chunks, windows, threads and dtypes meet, and what serves without them."""
+"""The C++ kernels of a CPU: where their chunks, windows, threads and dtypes meet, and what serves without them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.contract.helpers import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
 
-SOURCES = ("simple_gla/chunk.cpp", "simple_gla/recurrent.cpp")
+SOURCES = ("simple_gla/chunk.cpp", "simple_gla/recurrent.cpp", "linear_attn/normalize.cpp")
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
-SERVED = (*CHUNKED, "fused_recurrent_simple_gla", "simple_gla_step_")
+SERVED = (*CHUNKED, "fused_recurrent_simple_gla", "simple_gla_step_", "normalize_output", "linear_attn_step_")
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
 
 
@@ -172,6 +172,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         chunk, _ = fla_ops.chunk_simple_gla(q, k, v)
         steps, _ = fla_ops.fused_recurrent_simple_gla(q, k, v)
+        fla_ops.normalize_output(q, k, v)
 torch.testing.assert_close(chunk, steps)
 print(*(str(w.message).splitlines()[0] for w in caught if "fla_ops" in str(w.message)), sep="\\n")
 """
