@@ -55,7 +55,7 @@ CANDIDATES = {  # values that each threshold may take
     "recurrent_up_to": (0, *LENGTHS[:-1]),
     "parallel_up_to": (0, *LENGTHS[:-1]),
     "parallel_up_to_scores": (0, *(1 << n for n in range(14, 20))),
-    "fused_from_heads": (1, 16, 32, 64, 128, 256),
+    "fused_from_heads": (4, 16, 32, 64, 128, 256),
     "fused_from_time": (1, 65, 256, 512, 1024, 4096, 1 << 20),
 }
 Point = dict[str, Any]  # family, sizes, gradient, dtype, and milliseconds by form

@@ -33,6 +33,7 @@ class Request:
     packed: bool = False
     state: bool = False
     reverse: bool = False
+    key_heads: Any = None  # where values have more heads
 
     def known(self, condition: Any) -> bool:
         """Whether a condition on sizes certainly holds, without a guard on a symbolic size."""

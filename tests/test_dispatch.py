@@ -32,7 +32,10 @@ def thresholds() -> Iterator[None]:
         assert (family, device) in {("simple_gla", "cpu"), ("simple_gla", "meta")}
         return TRAINING if gradient else FORWARD
 
-    with mock.patch.object(forms, "crossovers", crossovers):
+    with (
+        mock.patch.object(forms, "crossovers", crossovers),
+        mock.patch.object(torch, "get_num_threads", return_value=2),
+    ):
         yield
 
 
@@ -67,6 +70,16 @@ def chosen(**arguments: Any) -> str:
 )
 def test_choice(arguments: dict[str, Any], form: str) -> None:
     assert chosen(**arguments) == form
+
+
+def test_a_cpu_walks_along_key_heads_where_each_thread_has_enough_of_them() -> None:
+    arguments = call(batch=2)
+    assert chosen(**arguments) == "fused_chunk"
+    shared = arguments | {"q": arguments["q"][:, :, :1], "k": arguments["k"][:, :, :1]}
+    assert chosen(**shared) == "chunk"
+    with mock.patch.object(torch, "get_num_threads", return_value=8):
+        assert chosen(**arguments) == "chunk"
+        assert chosen(**call(batch=8)) == "fused_chunk"
 
 
 def test_gradient_is_wanted_only_where_it_is_recorded() -> None:

@@ -60,6 +60,7 @@ def choose(
         packed=cu_seqlens is not None,
         state=initial_state is not None or output_final_state,
         reverse=reverse,
+        key_heads=q.shape[2],
     )
     return select(FORMS, request, mode, order(request))
 

@@ -127,35 +127,61 @@ struct Worker {
         });
     }
 
-    void write_outputs(const Window& w, int64_t at, int64_t key_head) {
-        const Chunk& chunk = chunks.all[at];
+    void fill_scores(const Chunk& chunk, int64_t key_head) {
         int steps = padded(chunk.steps);
         load(c.q, chunk, key_head, K, q, c.scale);
         load(c.k, chunk, key_head, K, k);
         transpose(k, k_transposed, steps, padded(K));
         product(q, k_transposed, scores, steps, padded(K), steps, false, LOWER);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-            load(c.v, chunk, head, V, v);
-            decay.read(c, chunk, head);
-            decay.fill_within(chunk.steps);
-            product(q, state(w, at, head), o, steps, padded(K), padded(V));
-            scale_rows(o, decay.from_start, o, steps, padded(V));
-            times_lower(scores, decay.within, weights, steps);
-            product(weights, v, o, steps, steps, padded(V), true, UP_TO_ROW);
-            store(c.o, chunk, head, V, o);
+    }
+
+    // After fill_scores; leaves the decays and v.
+    void write_output(const Chunk& chunk, int64_t head, Matrix before) {
+        int steps = padded(chunk.steps);
+        load(c.v, chunk, head, V, v);
+        decay.read(c, chunk, head);
+        decay.fill_within(chunk.steps);
+        product(q, before, o, steps, padded(K), padded(V));
+        scale_rows(o, decay.from_start, o, steps, padded(V));
+        times_lower(scores, decay.within, weights, steps);
+        product(weights, v, o, steps, steps, padded(V), true, UP_TO_ROW);
+        store(c.o, chunk, head, V, o);
+    }
+
+    void write_outputs(const Window& w, int64_t at, int64_t key_head) {
+        fill_scores(chunks.all[at], key_head);
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++)
+            write_output(chunks.all[at], head, state(w, at, head));
+    }
+
+    // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
+    void walk_forward(const Window& w) {
+        const int64_t key_head = w.first_head, first_head = key_head * group;
+        float* carried = c.state + (w.first_sequence * c.heads + first_head) * K * V;
+        std::fill_n(w.states, group * Matrix::numbers(K, V), 0.f);
+        for (int i = 0; i < group * K; i++)
+            std::copy_n(carried + i * V, V, state(w, w.first, first_head + i / K)[i % K]);
+        for (int64_t at = chunks.first[w.first_sequence]; at < chunks.first[w.last_sequence]; at++) {
+            const Chunk& chunk = chunks.all[at];
+            int steps = padded(chunk.steps);
+            fill_scores(chunk, key_head);
+            for (int64_t head = first_head; head < first_head + group; head++) {
+                Matrix s = state(w, w.first, head);
+                write_output(chunk, head, s);
+                scale_rows(k, decay.to_end, weighted, steps, padded(K));
+                for (int i = 0; i < K; i++) scale_rows({s[i], V}, &decay.total, {s[i], V}, 1, padded(V));
+                product(Left::transposed(weighted), v, s, padded(K), steps, padded(V), true);
+            }
         }
+        for (int i = 0; i < group * K; i++)
+            std::copy_n(state(w, w.first, first_head + i / K)[i % K], V, carried + i * V);
     }
 
     void write_gradients(const Window& w, int64_t at, int64_t key_head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
         bool first = true;
-        load(c.q, chunk, key_head, K, q, c.scale);
-        load(c.k, chunk, key_head, K, k);
-        if (c.dv.data) {
-            transpose(k, k_transposed, steps, padded(K));
-            product(q, k_transposed, scores, steps, padded(K), steps, false, LOWER);
-        }
+        fill_scores(chunk, key_head);
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
             load(c.o, chunk, head, V, o);
             decay.read(c, chunk, head);
@@ -248,7 +274,7 @@ struct Worker {
     }
 
     // The fused form: the states before each window by a walk forwards, then the windows from the last one on.
-    void backward_fused(Window w, float* before_windows) {
+    void walk_backward(Window w, float* before_windows) {
         int64_t first = chunks.first[w.first_sequence], last = chunks.first[w.last_sequence];
         int64_t windows = (last - first + WINDOW - 1) / WINDOW, numbers = int64_t(group) * V * K;
         float* state = c.state + (w.first_sequence * c.heads + w.first_head * group) * V * K;
@@ -298,13 +324,9 @@ class Run {
         w.last_head = head + 1;
         if (backward) {
             int64_t before = windows_before(n) * c.key_heads + head * (windows_before(n + 1) - windows_before(n));
-            worker.backward_fused(w, before_windows + before * (c.heads / c.key_heads) * c.V * c.K);
-            return;
-        }
-        for (int64_t chunk = chunks.first[n]; chunk < chunks.first[n + 1]; chunk++) {
-            w.first = chunk;
-            w.last = chunk + 1;
-            worker.forward(w, false);
+            worker.walk_backward(w, before_windows + before * (c.heads / c.key_heads) * c.V * c.K);
+        } else {
+            worker.walk_forward(w);
         }
     }
 

@@ -37,7 +37,7 @@ FORMS = (
 def order(r: Request) -> tuple[str, ...]:
     """Forms from fastest to slowest for this call; the general form serves a time that is not known."""
     table = crossovers("simple_gla", r.device, r.gradient)
-    many = r.known(r.batch * r.heads >= table["fused_from_heads"]) and r.known(r.time >= table["fused_from_time"])
+    many = r.known(_walks(r) >= table["fused_from_heads"]) and r.known(r.time >= table["fused_from_time"])
     chunked = ("fused_chunk", "chunk") if many else ("chunk", "fused_chunk")
     few = r.known(r.time <= table["recurrent_up_to"])
     linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
@@ -45,6 +45,15 @@ def order(r: Request) -> tuple[str, ...]:
     most = table["parallel_up_to_scores"]
     few_scores = r.known(r.time <= math.isqrt(most)) and r.known(r.batch * r.heads * r.time * r.time <= most)
     return ("parallel", *linear) if short or few_scores else (*linear, "parallel")
+
+
+def _walks(r: Request) -> Any:
+    """How much the fused form has to spread: value heads over a GPU; over a CPU's threads key heads, counted for two
+    threads, with which they were measured.
+    """
+    if r.device != "cpu":
+        return r.batch * r.heads
+    return r.batch * (r.heads if r.key_heads is None else r.key_heads) * 2 // torch.get_num_threads()
 
 
 def choose(
@@ -79,6 +88,7 @@ def choose(
         packed=cu_seqlens is not None,
         state=initial_state is not None or output_final_state,
         reverse=reverse,
+        key_heads=q.shape[2],
     )
     return select(FORMS, request, mode, order(request))
 
