@@ -37,7 +37,7 @@ FORMS = (
 def order(r: Request) -> tuple[str, ...]:
     """Forms from fastest to slowest for this call; the general form serves a time that is not known."""
     table = crossovers("simple_gla", r.device, r.gradient)
-    many = r.known(_walks(r) >= table["fused_from_heads"]) and r.known(r.time >= table["fused_from_time"])
+    many = r.known(_spreads(r, table["fused_from_heads"])) and r.known(r.time >= table["fused_from_time"])
     chunked = ("fused_chunk", "chunk") if many else ("chunk", "fused_chunk")
     few = r.known(r.time <= table["recurrent_up_to"])
     linear = ("fused_recurrent", *chunked) if few else (*chunked, "fused_recurrent")
@@ -47,13 +47,13 @@ def order(r: Request) -> tuple[str, ...]:
     return ("parallel", *linear) if short or few_scores else (*linear, "parallel")
 
 
-def _walks(r: Request) -> Any:
-    """How much the fused form has to spread: value heads over a GPU; over a CPU's threads key heads, counted for two
-    threads, with which they were measured.
+def _spreads(r: Request, heads: int) -> Any:
+    """Whether the fused form has enough to spread: value heads over a GPU; over a CPU's threads key heads, of which the
+    table tells how many two threads want.
     """
     if r.device != "cpu":
-        return r.batch * r.heads
-    return r.batch * (r.heads if r.key_heads is None else r.key_heads) * 2 // torch.get_num_threads()
+        return r.batch * r.heads >= heads
+    return r.batch * (r.heads if r.key_heads is None else r.key_heads) >= heads * torch.get_num_threads() // 2
 
 
 def choose(
