@@ -120,7 +120,7 @@ def calls(found: Row) -> str:
     if not first:
         return table
     return (
-        f"{table}\n\nIn a new process with nothing in Triton's cache, importing the package takes {max(imports):.2f} s "
+        f"{table}\n\nIn a new process with nothing compiled before, importing the package takes {max(imports):.2f} s "
         f"beyond PyTorch's own import, and the slowest first call {max(first):.2f} s."
     )
 

@@ -72,11 +72,16 @@ def _captured(call: Contender) -> Contender:
 
 
 def first_calls(device: torch.device, operators: list[str]) -> list[Row]:
-    """Seconds from a new process to the first result, with nothing in Triton's cache."""
+    """Seconds from a new process to the first result, with no kernel compiled before."""
     rows = []
     for operator in operators:
         with tempfile.TemporaryDirectory() as empty:
-            environment = {**os.environ, "TRITON_CACHE_DIR": empty, "PYTHONPATH": _python_path()}
+            environment = {
+                **os.environ,
+                "TRITON_CACHE_DIR": empty,
+                "FLA_OPS_CACHE_DIR": empty,
+                "PYTHONPATH": _python_path(),
+            }
             command = [sys.executable, "-m", "benchmarks.first_call", operator, device.type]
             start = time.perf_counter()
             done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,9 +1,18 @@
-"""C++ kernels for a CPU, compiled for this machine at their first launch, as Triton's are for a GPU."""
+"""C++ kernels for a CPU, compiled for this machine at their first launch, as Triton's are for a GPU.
+
+The compiler is `CXX`, or `c++`; GCC from version 12 on and Clang know the vector extensions that the kernels use. What
+it made is kept in `FLA_OPS_CACHE_DIR`, or in the user's cache folder, and serves from then on without a compiler.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
+import shlex
+import subprocess
+import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,7 +23,8 @@ from torch import Tensor
 from fla_ops import validation as valid
 
 PACKAGE = Path(__file__).parents[1]
-FLAGS = ("-ffp-contract=fast", "-ftree-loop-vectorize")  # fused multiply-add, which Inductor turns off
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+MACHINES = {"AVX2": ("-march=x86-64-v3",), "AVX512": ("-march=x86-64-v4",)}  # by what PyTorch finds
 TOGETHER = 1 << 18  # multiply-adds from which a kernel takes all threads
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of kernels.h
 
@@ -23,30 +33,52 @@ def library(source: str, *tensors: Tensor) -> ctypes.CDLL | None:
     """The shared library of a source file of this package; None where it does not compile or does not know the
     tensors' dtypes.
     """
-    return _compile(source) if all(x.dtype in DTYPES for x in tensors) else None
+    return _load(source) if all(x.dtype in DTYPES for x in tensors) else None
 
 
 @cache
-def _compile(source: str) -> ctypes.CDLL | None:
-    """With Inductor's compiler and its cache on disk: once per machine, compiler and source. None, with a warning,
-    where that fails.
-    """
-    from torch._inductor.codecache import CppCodeCache
-
+def _load(source: str) -> ctypes.CDLL | None:
+    """The library of a file, compiled where there is none yet; None, with a warning, where that fails."""
+    text = _text(source)
+    flags = (*FLAGS, *MACHINES.get(torch.backends.cpu.get_cpu_capability(), ()))
+    digest = hashlib.sha256("\n".join((*flags, text)).encode()).hexdigest()[:16]
     try:
-        compiled: ctypes.CDLL = CppCodeCache.load(_text(source), extra_flags=FLAGS)
-    except (RuntimeError, OSError) as error:
+        path = _folder() / f"{Path(source).stem}-{digest}.so"
+        if not path.exists():
+            _compile(text, flags, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
         warnings.warn(
-            f"fla_ops/{source} does not compile here (a C++ compiler is needed, as for torch.compile on a CPU): ATen "
-            f"calls serve instead, more slowly. {str(error).strip()[:500]}",
+            f"fla_ops/{source} could not be compiled; ATen calls serve instead, more slowly. Is there a C++ compiler, "
+            f"by the name that CXX says, or c++?\n{said.strip()[:500]}",
             stacklevel=2,
         )
         return None
-    return compiled
+
+
+def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:
+    """Write a library in one step: processes that compile the same file at once do not see each other's halves."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-x", "c++", "-", "-o", str(built)]
+        subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+        built.replace(path)
+
+
+def _folder() -> Path:
+    """Where libraries are kept; one for this process where that cannot be written."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fla_ops"
+    folder = Path(os.environ.get("FLA_OPS_CACHE_DIR") or user)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="fla_ops_"))
+    return folder
 
 
 def _text(source: str) -> str:
-    """A file with this package's headers in place of their #include lines, so that the cache sees their content."""
+    """A file with this package's headers in place of their #include lines: the digest is of all that is compiled."""
     return re.sub(r'^#include "(.+)"$', lambda line: _text(line[1]), (PACKAGE / source).read_text(), flags=re.MULTILINE)
 
 

@@ -162,7 +162,7 @@ def test_aten_serves_without_them(case: Case, dtype: torch.dtype) -> None:
     test_numbers.check_numbers(case, "cpu", dtype)
 
 
-WITHOUT_A_COMPILER = """
+FORMS = """
 import warnings
 import torch, fla_ops
 
@@ -178,12 +178,27 @@ print(*(str(w.message).splitlines()[0] for w in caught if "fla_ops" in str(w.mes
 """
 
 
-def test_no_compiler_is_said_once_for_each_file(tmp_path: Path) -> None:
-    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True, check=False
-    )
+def warned(folder: Path, compiler: str | None = None) -> list[str]:
+    """What a new process warns of that keeps compiled kernels in a folder."""
+    environment = os.environ | {"FLA_OPS_CACHE_DIR": str(folder)} | ({} if compiler is None else {"CXX": compiler})
+    done = subprocess.run([sys.executable, "-c", FORMS], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == len(SOURCES), done.stdout
+    return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_what_does_not_compile_is_said_once(tmp_path: Path, compiler: str) -> None:
+    said = warned(tmp_path, compiler)
+    assert len(said) == len(SOURCES), said
     assert all(source in line for source, line in zip(SOURCES, said, strict=True))
+
+
+def test_what_was_compiled_serves_without_a_compiler(tmp_path: Path) -> None:
+    assert warned(tmp_path) == []
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".so"] * len(SOURCES)
+    assert warned(tmp_path, "no-such-compiler") == []
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert warned(tmp_path / "file" / "folder") == []
