@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fla_ops
 from fla_ops import Operator
+from tests import numerics
 from tests.cases import Case, Draw, Inputs, cases
 
 VARYING = ("B", "T", "N", "N1", "P")
@@ -148,6 +149,16 @@ def assert_same_bits(found: Named, expected: Named) -> None:
     assert found.keys() == expected.keys()
     different = [name for name, x in found.items() if not same_bits(x, expected[name])]
     assert not different, f"bits differ in {', '.join(different)}"
+
+
+def assert_close(found: Named, expected: Named) -> None:
+    """Two computations of one thing."""
+    assert found.keys() == expected.keys()
+    for name, x in found.items():
+        y = expected[name]
+        assert (x is None) == (y is None), name
+        if x is not None and y is not None:
+            numerics.close(x, y)
 
 
 def same_bits(x: Tensor | None, y: Tensor | None) -> bool:

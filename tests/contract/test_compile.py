@@ -15,6 +15,7 @@ import fla_ops
 from tests import numerics
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, Case, Inputs, cases, tensors
 from tests.contract.helpers import (
+    assert_close,
     assert_same_bits,
     evaluate,
     is_backward,
@@ -97,7 +98,11 @@ def test_one_compilation_serves_every_length(case: Case, device: str) -> None:
         other = resized(case, i)
         inputs = other.inputs(device=device)
         with torch._dynamo.config.patch(error_on_recompile=i > 0), symbolic_shapes.patch(use_duck_shape=False):
-            assert_same_bits(evaluate(other, inputs, run), evaluate(other, inputs))
+            found, expected = evaluate(other, inputs, run), evaluate(other, inputs)
+        if "mode" in {argument.name for argument in case.overload._schema.arguments}:
+            assert_close(found, expected)  # a dispatcher may take another form for a length that it knows
+        else:
+            assert_same_bits(found, expected)
     assert counter.frame_count > 0
 
 
