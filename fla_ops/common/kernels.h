@@ -220,12 +220,16 @@ struct Steps {
         });
     }
 
-    // Some steps of one head, times a factor, into x; zeros past the edges.
-    void load(int64_t b, int64_t t, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
-        for (int i = 0; i < padded(rows); i++) {
-            if (i < rows) load_row(b, t + i, h, width, x[i], factor);
-            std::fill(x[i] + (i < rows ? width : 0), x[i] + padded(width), 0.f);
-        }
+    // Some steps of some heads, times a factor, into as many matrices, `apart` numbers from each other; zeros past the
+    // edges. In the order of memory: one head alone is read at a fraction of the speed.
+    void load(int64_t b, int64_t t, int64_t h, int rows, int heads, int width, Matrix x, int64_t apart,
+              float factor = 1) const {
+        for (int i = 0; i < padded(rows); i++)
+            for (int n = 0; n < heads; n++) {
+                float* row = x[i] + n * apart;
+                if (i < rows) load_row(b, t + i, h + n, width, row, factor);
+                std::fill(row + (i < rows ? width : 0), row + padded(width), 0.f);
+            }
     }
 
     void store(int64_t b, int64_t t, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
@@ -242,7 +246,11 @@ struct Space {
         used += padded(numbers);
         return base ? base + at : nullptr;
     }
-    Matrix matrix(int64_t rows, int64_t width) { return {take(Matrix::numbers(rows, width)), width}; }
+    Matrix matrix(int64_t rows, int64_t width) { return matrices(1, rows, width); }
+    // The first of some that lie side by side.
+    Matrix matrices(int64_t count, int64_t rows, int64_t width) {
+        return {take(count * Matrix::numbers(rows, width)), width};
+    }
 };
 
 // body(i) for all i: spread over the threads of a parallel region, or all by this thread.

@@ -17,24 +17,15 @@
 namespace {
 
 // One thread, with the matrices it works in.
-struct Worker {
-    const Call& c;
+struct Worker : Inputs {
     const Chunks& chunks;
-    const int group, K, V;
-    Matrix q, k, v, o, weighted, k_transposed, v_transposed, dstate_transposed;
+    Matrix weighted, k_transposed, v_transposed, dstate_transposed;
     Matrix scores, weights, dq, dk, dv, dq_of_group, dk_of_group;
     Decay decay;
 
     Worker(const Call& c, const Chunks& chunks, Space& space)
-        : c(c),
+        : Inputs(c, space),
           chunks(chunks),
-          group(int(c.heads / c.key_heads)),
-          K(int(c.K)),
-          V(int(c.V)),
-          q(space.matrix(CHUNK, K)),
-          k(space.matrix(CHUNK, K)),
-          v(space.matrix(CHUNK, V)),
-          o(space.matrix(CHUNK, V)),
           weighted(space.matrix(CHUNK, K)),
           k_transposed(space.matrix(K, CHUNK)),
           v_transposed(space.matrix(V, CHUNK)),
@@ -60,29 +51,29 @@ struct Worker {
     Matrix dstate(const Window& w, int64_t chunk, int64_t head) const {  // [K, V]
         return {w.dstates + slot(w, chunk, head) * Matrix::numbers(K, V), V};
     }
-    void load(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix to, double factor = 1) const {
-        x.load(chunk.batch, chunk.start, head, chunk.steps, width, to, float(factor));
-    }
-    void store(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix from, double factor = 1) const {
-        x.store(chunk.batch, chunk.start, head, chunk.steps, width, from, float(factor));
-    }
 
-    // body(chunk, key head) for all of a window.
+    // body(chunk, key head) for all of a window, with what it wants loaded.
     template <class Body>
-    void each_chunk(const Window& w, bool shared, Body body) {
-        int64_t heads = w.last_head - w.first_head;
-        spread(shared, w.items(), [&](int64_t i) { body(w.first + i / heads, w.first_head + i % heads); });
+    void each_chunk(const Window& w, bool shared, int what, Body body) {
+        int64_t together = heads_together(c), blocks = (w.last_head - w.first_head + together - 1) / together;
+        spread(shared, (w.last - w.first) * blocks, [&](int64_t i) {
+            int64_t first = w.first_head + i % blocks * together, last = std::min(first + together, w.last_head);
+            load(chunks.all[w.first + i / blocks], first, last, what);
+            for (int64_t head = first; head < last; head++) {
+                select_key_head(head);
+                body(w.first + i / blocks, head);
+            }
+        });
     }
 
     // sum_j b_j k_j v_j^T for each value head of a key head, as [K, V] or [V, K].
     void add_states(const Window& w, int64_t at, int64_t key_head, bool transposed) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        load(c.k, chunk, key_head, K, k);
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
             decay.read(c, chunk, head);
             w.totals[slot(w, at, head)] = decay.total;
-            load(c.v, chunk, head, V, v);
+            select_head(head);
             scale_rows(k, decay.to_end, weighted, steps, padded(K));
             if (transposed)
                 product(Left::transposed(v), weighted, state_transposed(w, at, head), padded(V), steps, padded(K));
@@ -95,11 +86,10 @@ struct Worker {
     void add_dstates(const Window& w, int64_t at, int64_t key_head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        load(c.q, chunk, key_head, K, q, c.scale);
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
             decay.read(c, chunk, head);
             w.totals[slot(w, at, head)] = decay.total;
-            load(c.o, chunk, head, V, o);
+            select_head(head);
             scale_rows(q, decay.from_start, weighted, steps, padded(K));
             product(Left::transposed(weighted), o, dstate(w, at, head), padded(K), steps, padded(V));
         }
@@ -127,18 +117,16 @@ struct Worker {
         });
     }
 
-    void fill_scores(const Chunk& chunk, int64_t key_head) {
+    void fill_scores(const Chunk& chunk) {
         int steps = padded(chunk.steps);
-        load(c.q, chunk, key_head, K, q, c.scale);
-        load(c.k, chunk, key_head, K, k);
         transpose(k, k_transposed, steps, padded(K));
         product(q, k_transposed, scores, steps, padded(K), steps, false, LOWER);
     }
 
-    // After fill_scores; leaves the decays and v.
+    // After fill_scores; leaves the decays and v. `o` is written, not read.
     void write_output(const Chunk& chunk, int64_t head, Matrix before) {
         int steps = padded(chunk.steps);
-        load(c.v, chunk, head, V, v);
+        select_head(head);
         decay.read(c, chunk, head);
         decay.fill_within(chunk.steps);
         product(q, before, o, steps, padded(K), padded(V));
@@ -149,23 +137,26 @@ struct Worker {
     }
 
     void write_outputs(const Window& w, int64_t at, int64_t key_head) {
-        fill_scores(chunks.all[at], key_head);
+        fill_scores(chunks.all[at]);
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++)
             write_output(chunks.all[at], head, state(w, at, head));
     }
 
     // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
     void walk_forward(const Window& w) {
-        const int64_t key_head = w.first_head, first_head = key_head * group;
-        float* carried = c.state + (w.first_sequence * c.heads + first_head) * K * V;
-        std::fill_n(w.states, group * Matrix::numbers(K, V), 0.f);
-        for (int i = 0; i < group * K; i++)
-            std::copy_n(carried + i * V, V, state(w, w.first, first_head + i / K)[i % K]);
+        const int64_t first = w.first_head * group, heads = (w.last_head - w.first_head) * group;
+        float* carried = c.state + (w.first_sequence * c.heads + first) * K * V;
+        std::fill_n(w.states, heads * Matrix::numbers(K, V), 0.f);
+        for (int i = 0; i < heads * K; i++) std::copy_n(carried + i * V, V, state(w, w.first, first + i / K)[i % K]);
         for (int64_t at = chunks.first[w.first_sequence]; at < chunks.first[w.last_sequence]; at++) {
             const Chunk& chunk = chunks.all[at];
             int steps = padded(chunk.steps);
-            fill_scores(chunk, key_head);
-            for (int64_t head = first_head; head < first_head + group; head++) {
+            load(chunk, w.first_head, w.last_head, LOAD_Q | LOAD_K | LOAD_V);
+            for (int64_t head = first; head < first + heads; head++) {
+                if (head % group == 0) {
+                    select_key_head(head / group);
+                    fill_scores(chunk);
+                }
                 Matrix s = state(w, w.first, head);
                 write_output(chunk, head, s);
                 scale_rows(k, decay.to_end, weighted, steps, padded(K));
@@ -173,22 +164,20 @@ struct Worker {
                 product(Left::transposed(weighted), v, s, padded(K), steps, padded(V), true);
             }
         }
-        for (int i = 0; i < group * K; i++)
-            std::copy_n(state(w, w.first, first_head + i / K)[i % K], V, carried + i * V);
+        for (int i = 0; i < heads * K; i++) std::copy_n(state(w, w.first, first + i / K)[i % K], V, carried + i * V);
     }
 
     void write_gradients(const Window& w, int64_t at, int64_t key_head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
         bool first = true;
-        fill_scores(chunk, key_head);
+        fill_scores(chunk);
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-            load(c.o, chunk, head, V, o);
+            select_head(head);
             decay.read(c, chunk, head);
             decay.fill_within(chunk.steps);
             if (c.dv.data) write_dv(w, at, head);
             if (c.dq.data || c.dk.data || c.dg) {
-                load(c.v, chunk, head, V, v);
                 transpose(v, v_transposed, steps, padded(V));
                 product(o, v_transposed, weights, steps, padded(V), steps, false, LOWER);
                 times_lower(weights, decay.within, weights, steps);
@@ -254,29 +243,32 @@ struct Worker {
     }
 
     void forward(const Window& w, bool shared) {
-        each_chunk(w, shared, [&](int64_t chunk, int64_t head) { add_states(w, chunk, head, false); });
+        each_chunk(w, shared, LOAD_K | LOAD_V, [&](int64_t chunk, int64_t head) { add_states(w, chunk, head, false); });
         carry(w, shared, w.states, c.state, K, V, false);
-        each_chunk(w, shared, [&](int64_t chunk, int64_t head) { write_outputs(w, chunk, head); });
+        int what = LOAD_Q | LOAD_K | LOAD_V;
+        each_chunk(w, shared, what, [&](int64_t chunk, int64_t head) { write_outputs(w, chunk, head); });
     }
 
     void states_forward(const Window& w, bool shared) {
-        each_chunk(w, shared, [&](int64_t chunk, int64_t head) { add_states(w, chunk, head, true); });
+        each_chunk(w, shared, LOAD_K | LOAD_V, [&](int64_t chunk, int64_t head) { add_states(w, chunk, head, true); });
         carry(w, shared, w.states, c.state, V, K, false);
     }
 
     void backward(const Window& w, bool shared) {
         if (c.dq.data || c.dg) states_forward(w, shared);
         if (c.dstate) {
-            each_chunk(w, shared, [&](int64_t chunk, int64_t head) { add_dstates(w, chunk, head); });
+            each_chunk(w, shared, LOAD_Q | LOAD_O, [&](int64_t chunk, int64_t head) { add_dstates(w, chunk, head); });
             carry(w, shared, w.dstates, c.dstate, K, V, true);
         }
-        each_chunk(w, shared, [&](int64_t chunk, int64_t head) { write_gradients(w, chunk, head); });
+        int what = LOAD_Q | LOAD_K | LOAD_V | LOAD_O;
+        each_chunk(w, shared, what, [&](int64_t chunk, int64_t head) { write_gradients(w, chunk, head); });
     }
 
     // The fused form: the states before each window by a walk forwards, then the windows from the last one on.
     void walk_backward(Window w, float* before_windows) {
         int64_t first = chunks.first[w.first_sequence], last = chunks.first[w.last_sequence];
-        int64_t windows = (last - first + WINDOW - 1) / WINDOW, numbers = int64_t(group) * V * K;
+        int64_t windows = (last - first + WINDOW - 1) / WINDOW;
+        int64_t numbers = (w.last_head - w.first_head) * group * V * K;
         float* state = c.state + (w.first_sequence * c.heads + w.first_head * group) * V * K;
         auto select = [&](int64_t i) {
             w.first = first + i * WINDOW;
@@ -303,11 +295,11 @@ class Run {
     const Chunks chunks;
     Space shared, own;  // counted
     Window window{};
-    float* before_windows;  // the fused form's backward pass: S before each window, [heads of a group, V, K]
+    float* before_windows;  // the fused form's backward pass: S before each window, [heads, V, K]
 
     Window take_window(Space& space) const {
         int64_t in_memory = c.fused ? (backward ? WINDOW : 1) : int64_t(chunks.all.size());
-        int64_t states = in_memory * (c.fused ? c.heads / c.key_heads : c.heads);
+        int64_t states = in_memory * (c.fused ? heads_together(c) * (c.heads / c.key_heads) : c.heads);
         Window w{0, int64_t(chunks.all.size()), 0, c.sequences, 0, c.key_heads, nullptr, nullptr, nullptr};
         w.states = space.take(states * (backward ? Matrix::numbers(c.V, c.K) : Matrix::numbers(c.K, c.V)));
         if (backward) w.dstates = space.take(states * Matrix::numbers(c.K, c.V));
@@ -317,11 +309,12 @@ class Run {
     // How many windows come before a sequence, at most: one of each sequence need not be full.
     int64_t windows_before(int64_t sequence) const { return chunks.first[sequence] / WINDOW + sequence; }
 
+    // Some key heads of a sequence.
     void walk(Worker& worker, Window w, int64_t n, int64_t head) const {
         w.first_sequence = n;
         w.last_sequence = n + 1;
         w.first_head = head;
-        w.last_head = head + 1;
+        w.last_head = std::min(head + heads_together(c), c.key_heads);
         if (backward) {
             int64_t before = windows_before(n) * c.key_heads + head * (windows_before(n + 1) - windows_before(n));
             worker.walk_backward(w, before_windows + before * (c.heads / c.key_heads) * c.V * c.K);
@@ -349,8 +342,9 @@ public:
             Worker worker(c, chunks, mine);
             if (c.fused) {
                 const Window w = take_window(mine);
+                const int64_t together = heads_together(c), blocks = (c.key_heads + together - 1) / together;
 #pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < c.sequences * c.key_heads; i++) walk(worker, w, i / c.key_heads, i % c.key_heads);
+                for (int64_t i = 0; i < c.sequences * blocks; i++) walk(worker, w, i / blocks, i % blocks * together);
             } else if (backward) {
                 worker.backward(window, true);
             } else {

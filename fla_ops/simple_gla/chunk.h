@@ -6,6 +6,7 @@ namespace {
 
 constexpr int CHUNK = 64;  // steps in a chunk, at most
 constexpr float RESET = 9.36e-14f;  // exp(-30): a step that decays as strongly has no gate gradient
+constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
 constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
 // The arguments of both operators, as host.py passes them. Pointers are null where there is nothing to pass.
@@ -39,6 +40,62 @@ struct Chunks {
                 all.push_back({c.offsets ? 0 : n, t, int(std::min(c.chunk_size, end - t))});
             first.push_back(int64_t(all.size()));
         }
+    }
+};
+
+// How many key heads are read together: a row of v of a kilobyte, but all threads at work.
+inline int64_t heads_together(const Call& c) {
+    int64_t enough = TOGETHER / (c.heads / c.key_heads * c.V), most = c.key_heads;
+    if (c.fused) most = c.sequences * c.key_heads / c.threads;
+    return std::max<int64_t>(1, std::min({enough, most, c.key_heads}));
+}
+
+enum Load { LOAD_Q = 1, LOAD_K = 2, LOAD_V = 4, LOAD_O = 8 };
+
+// A chunk's steps of the heads that are read together, and among them those of the head at work.
+struct Inputs {
+    const Call& c;
+    const int group, K, V;
+    int64_t first_head = 0;  // key head
+    Matrix all_q, all_k, all_v, all_o;
+    Matrix q, k, v, o;
+
+    Inputs(const Call& c, Space& space)
+        : c(c),
+          group(int(c.heads / c.key_heads)),
+          K(int(c.K)),
+          V(int(c.V)),
+          all_q(space.matrices(heads_together(c), CHUNK, K)),
+          all_k(space.matrices(heads_together(c), CHUNK, K)),
+          all_v(space.matrices(heads_together(c) * group, CHUNK, V)),
+          all_o(space.matrices(heads_together(c) * group, CHUNK, V)),
+          q(all_q),
+          k(all_k),
+          v(all_v),
+          o(all_o) {}
+
+    // For some key heads and the value heads that they serve.
+    void load(const Chunk& chunk, int64_t first, int64_t last, int what) {
+        auto heads = [&](const Steps& x, int per_key_head, int width, Matrix to, double factor) {
+            x.load(chunk.batch, chunk.start, first * per_key_head, chunk.steps, int(last - first) * per_key_head, width,
+                   to, Matrix::numbers(CHUNK, width), float(factor));
+        };
+        first_head = first;
+        if (what & LOAD_Q) heads(c.q, 1, K, all_q, c.scale);
+        if (what & LOAD_K) heads(c.k, 1, K, all_k, 1);
+        if (what & LOAD_V) heads(c.v, group, V, all_v, 1);
+        if (what & LOAD_O) heads(c.o, group, V, all_o, 1);
+    }
+    void select_key_head(int64_t head) {
+        q.at = all_q.at + (head - first_head) * Matrix::numbers(CHUNK, K);
+        k.at = all_k.at + (head - first_head) * Matrix::numbers(CHUNK, K);
+    }
+    void select_head(int64_t head) {
+        v.at = all_v.at + (head - first_head * group) * Matrix::numbers(CHUNK, V);
+        o.at = all_o.at + (head - first_head * group) * Matrix::numbers(CHUNK, V);
+    }
+    void store(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix from, double factor = 1) const {
+        x.store(chunk.batch, chunk.start, head, chunk.steps, width, from, float(factor));
     }
 };
 
@@ -85,8 +142,6 @@ struct Decay {
 struct Window {
     int64_t first, last, first_sequence, last_sequence, first_head, last_head;
     float *states, *dstates, *totals;  // before each chunk, after it, and its d
-
-    int64_t items() const { return (last - first) * (last_head - first_head); }
 };
 
 }  // namespace

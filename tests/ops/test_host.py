@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,15 @@ def test_windows_go_on_from_each_other(form: str, packed: bool, given: tuple[str
 
 @pytest.mark.parametrize(
     ("heads", "widths"),
-    [((1, 1), (256, 256)), ((1, 3), (16, 16)), ((2, 4), (5, 33)), ((3, 3), (1, 1)), ((1, 2), (144, 17))],
+    [
+        ((1, 1), (256, 256)),
+        ((9, 9), (8, 24)),
+        ((5, 10), (16, 130)),
+        ((1, 3), (16, 16)),
+        ((2, 4), (5, 33)),
+        ((3, 3), (1, 1)),
+        ((1, 2), (144, 17)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
@@ -153,6 +162,17 @@ def test_infinity_and_nan_pass_through_half_precision(dtype: torch.dtype) -> Non
     assert torch.equal(o.isnan(), expected.isnan())
     assert torch.equal(o.isinf(), expected.isinf())
     assert o.isnan().any()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for a machine with narrower vectors, where this one can run it."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", capability):
+        pytest.skip(f"not a machine that runs code for {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(compiled, "_load", cache(compiled._load.__wrapped__))
+    for form in (*CHUNKED, "fused_recurrent_simple_gla"):
+        check(form, inputs(70, (1, 3)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
