@@ -182,40 +182,40 @@ def test_aten_serves_without_them(case: Case, dtype: torch.dtype) -> None:
     test_numbers.check_numbers(case, "cpu", dtype)
 
 
-FORMS = """
-import warnings
+TWICE = """
+import sys, warnings
 import torch, fla_ops
 
-q, k, v = (torch.ones(1, 70, 2, 8) for _ in range(3))
+x = torch.ones(1, 70, 2, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    for _ in range(2):
-        chunk, _ = fla_ops.chunk_simple_gla(q, k, v)
-        steps, _ = fla_ops.fused_recurrent_simple_gla(q, k, v)
-        fla_ops.normalize_output(q, k, v)
-torch.testing.assert_close(chunk, steps)
+    for operator in 2 * sys.argv[1:]:
+        o = getattr(torch.ops.fla, operator)(x, x, x)[0]
+        assert o.isfinite().all()
 print(*(str(w.message).splitlines()[0] for w in caught if "fla_ops" in str(w.message)), sep="\\n")
 """
+OPERATORS = ("chunk_simple_gla", "fused_recurrent_simple_gla", "normalize_output")  # one for each source
 
 
-def warned(folder: Path, compiler: str | None = None) -> list[str]:
+def warned(folder: Path, compiler: str | None = None, operators: tuple[str, ...] = OPERATORS[2:]) -> list[str]:
     """What a new process warns of that keeps compiled kernels in a folder."""
     environment = os.environ | {"FLA_OPS_CACHE_DIR": str(folder)} | ({} if compiler is None else {"CXX": compiler})
-    done = subprocess.run([sys.executable, "-c", FORMS], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", TWICE, *operators]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_what_does_not_compile_is_said_once(tmp_path: Path, compiler: str) -> None:
-    said = warned(tmp_path, compiler)
+    said = warned(tmp_path, compiler, OPERATORS)
     assert len(said) == len(SOURCES), said
     assert all(source in line for source, line in zip(SOURCES, said, strict=True))
 
 
 def test_what_was_compiled_serves_without_a_compiler(tmp_path: Path) -> None:
     assert warned(tmp_path) == []
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".so"] * len(SOURCES)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
     assert warned(tmp_path, "no-such-compiler") == []
 
 
