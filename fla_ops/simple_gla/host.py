@@ -75,24 +75,19 @@ def _backward(otherwise: Callable[..., Any], fused: bool, *args: Any) -> tuple[T
     if library is None:
         result: tuple[Tensor | None, ...] = otherwise(*args)
         return result
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+    need_q, need_k, need_v, need_g, need_gamma, _ = output_mask
     dq, dk, dv = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
         for wanted, x in zip((need_q, need_k, need_v), (q, k, v), strict=True)
     )
-    dg = dgamma = dstate = None
+    dg = dstate = None
     if need_g or need_gamma:
         dg = v.new_empty(v.shape[:3], dtype=torch.float32)
     if any(output_mask[1:]):
         dstate = state_of(dfinal_state, q, v, cu_seqlens, state_v_first)
     state = state_of(initial_state, q, v, cu_seqlens, state_v_first).mT.contiguous()
     _run(library, fused, q, k, v, do, g, g_gamma, cu_seqlens, scale, chunk_size, state, dstate, dq, dk, dv, dg)
-    if need_gamma:
-        dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
-    if not need_state:
-        return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, None
-    dstate = (dstate.mT.contiguous() if state_v_first else dstate).to(initial_state.dtype)
-    return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, dstate
+    return dq, dk, dv, *gradients_of(g, g_gamma, initial_state, dg, dstate, state_v_first, output_mask)
 
 
 def _run(
@@ -138,3 +133,23 @@ def state_of(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | No
         return v.new_zeros((sequences, v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
     state = state.mT if state_v_first else state
     return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def gradients_of(
+    g: Tensor | None,
+    g_gamma: Tensor | None,
+    initial_state: Tensor | None,
+    dg: Tensor | None,
+    dstate: Tensor | None,
+    state_v_first: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of g, g_gamma and initial_state that output_mask asks for, from dg and dstate [N, H, K, V] in float32."""
+    need_g, need_gamma, need_state = output_mask[3:]
+    if need_state and state_v_first:
+        dstate = dstate.mT.contiguous()
+    return (
+        dg.to(g.dtype) if need_g else None,
+        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dstate.to(initial_state.dtype) if need_state else None,
+    )

@@ -13,7 +13,7 @@ from fla_ops.common import compiled
 
 from . import aten_recurrent, checks
 from .chunked import scale_of
-from .host import state_of
+from .host import gradients_of, state_of
 
 SOURCE = "simple_gla/recurrent.cpp"
 
@@ -57,10 +57,10 @@ def backward(
     if library is None:
         inputs = (q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state)
         return aten_recurrent.backward(*inputs, scale, reverse, state_v_first, output_mask)
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+    need_q, need_k, need_v, need_g, need_gamma, _ = output_mask
     dq, dk = (compiled.for_each_head(x, v) if wanted else None for wanted, x in ((need_q, q), (need_k, k)))
     dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else None
-    dg = dgamma = dstate = None
+    dg = dstate = None
     if need_g or need_gamma:
         dg = v.new_empty(v.shape[:3], dtype=torch.float32)
     if any(output_mask[1:]):
@@ -84,12 +84,7 @@ def backward(
         dg,
     )
     dq, dk = (None if d is None else compiled.sum_groups(d, x) for d, x in ((dq, q), (dk, k)))
-    if need_gamma:
-        dgamma = dg.sum((0, 1)).to(g_gamma.dtype)
-    if not need_state:
-        return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, None
-    dstate = (dstate.mT.contiguous() if state_v_first else dstate).to(initial_state.dtype)
-    return dq, dk, dv, dg.to(g.dtype) if need_g else None, dgamma, dstate
+    return dq, dk, dv, *gradients_of(g, g_gamma, initial_state, dg, dstate, state_v_first, output_mask)
 
 
 def step(q, k, v, state, g, g_gamma, scale, slots):
