@@ -31,8 +31,9 @@ test: check  ## The checks, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 --ignore=tests/interpreter --ignore=tests/test_structure.py
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 tests/interpreter
 
-bench: $(INSTALLED)  ## Time every operator on small sizes
+bench: $(INSTALLED)  ## Time every operator on small sizes, then what has a target at its own size
 	$(BIN)/python -m benchmarks --quick $(ARGS)
+	$(BIN)/python -m benchmarks --sections rows --only '^(chunk_simple_gla|simple_gla_step_) .*float32$$'
 
 clean:  ## Remove the environment and everything that is made
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
