@@ -67,12 +67,12 @@ def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:
 
 
 def _folder() -> Path:
-    """Where libraries are kept; one for this process where that cannot be written."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fla_ops"
-    folder = Path(os.environ.get("FLA_OPS_CACHE_DIR") or user)
+    """Where libraries are kept; one for this process where that cannot be made, or a user has no home."""
+    named, caches = os.environ.get("FLA_OPS_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
     try:
+        folder = Path(named) if named else Path(caches or Path.home() / ".cache") / "fla_ops"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):
         return Path(tempfile.mkdtemp(prefix="fla_ops_"))
     return folder
 

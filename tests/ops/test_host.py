@@ -222,3 +222,15 @@ def test_what_was_compiled_serves_without_a_compiler(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert warned(tmp_path / "file" / "folder") == []
+
+
+def test_a_user_without_a_home_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("no home directory")
+
+    for name in ("FLA_OPS_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    folder = compiled._folder()
+    assert folder.is_dir()
+    folder.rmdir()
