@@ -264,7 +264,6 @@ void spread(bool shared, int64_t count, Body body) {
     for (int64_t i = 0; i < count; i++) body(i);
 }
 
-
 // The steps of one sequence and head, in the order that a call walks them.
 struct Walk {
     int64_t sequence, head, key_head, batch, first, steps;

@@ -66,33 +66,39 @@ struct Worker : Inputs {
         });
     }
 
+    // body(value head) for those that a key head serves, with v, o and the decays of each.
+    template <class Body>
+    void each_head(const Chunk& chunk, int64_t key_head, Body body) {
+        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
+            select_head(head);
+            decay.read(c, chunk, head);
+            body(head);
+        }
+    }
+
     // sum_j b_j k_j v_j^T for each value head of a key head, as [K, V] or [V, K].
     void add_states(const Window& w, int64_t at, int64_t key_head, bool transposed) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-            decay.read(c, chunk, head);
+        each_head(chunk, key_head, [&](int64_t head) {
             w.totals[slot(w, at, head)] = decay.total;
-            select_head(head);
             scale_rows(k, decay.to_end, weighted, steps, padded(K));
             if (transposed)
                 product(Left::transposed(v), weighted, state_transposed(w, at, head), padded(V), steps, padded(K));
             else
                 product(Left::transposed(weighted), v, state(w, at, head), padded(K), steps, padded(V));
-        }
+        });
     }
 
     // sum_i a_i q_i do_i^T for each value head of a key head.
     void add_dstates(const Window& w, int64_t at, int64_t key_head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-            decay.read(c, chunk, head);
+        each_head(chunk, key_head, [&](int64_t head) {
             w.totals[slot(w, at, head)] = decay.total;
-            select_head(head);
             scale_rows(q, decay.from_start, weighted, steps, padded(K));
             product(Left::transposed(weighted), o, dstate(w, at, head), padded(K), steps, padded(V));
-        }
+        });
     }
 
     // S <- d S + what a chunk adds, along the chunks of each sequence: `carried` is S before the first of them, then
@@ -123,11 +129,9 @@ struct Worker : Inputs {
         product(q, k_transposed, scores, steps, padded(K), steps, false, LOWER);
     }
 
-    // After fill_scores; leaves the decays and v. `o` is written, not read.
+    // After fill_scores; `o` is written, not read.
     void write_output(const Chunk& chunk, int64_t head, Matrix before) {
         int steps = padded(chunk.steps);
-        select_head(head);
-        decay.read(c, chunk, head);
         decay.fill_within(chunk.steps);
         product(q, before, o, steps, padded(K), padded(V));
         scale_rows(o, decay.from_start, o, steps, padded(V));
@@ -137,9 +141,9 @@ struct Worker : Inputs {
     }
 
     void write_outputs(const Window& w, int64_t at, int64_t key_head) {
-        fill_scores(chunks.all[at]);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++)
-            write_output(chunks.all[at], head, state(w, at, head));
+        const Chunk& chunk = chunks.all[at];
+        fill_scores(chunk);
+        each_head(chunk, key_head, [&](int64_t head) { write_output(chunk, head, state(w, at, head)); });
     }
 
     // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
@@ -152,16 +156,16 @@ struct Worker : Inputs {
             const Chunk& chunk = chunks.all[at];
             int steps = padded(chunk.steps);
             load(chunk, w.first_head, w.last_head, LOAD_Q | LOAD_K | LOAD_V);
-            for (int64_t head = first; head < first + heads; head++) {
-                if (head % group == 0) {
-                    select_key_head(head / group);
-                    fill_scores(chunk);
-                }
-                Matrix s = state(w, w.first, head);
-                write_output(chunk, head, s);
-                scale_rows(k, decay.to_end, weighted, steps, padded(K));
-                for (int i = 0; i < K; i++) scale_rows({s[i], V}, &decay.total, {s[i], V}, 1, padded(V));
-                product(Left::transposed(weighted), v, s, padded(K), steps, padded(V), true);
+            for (int64_t key_head = w.first_head; key_head < w.last_head; key_head++) {
+                select_key_head(key_head);
+                fill_scores(chunk);
+                each_head(chunk, key_head, [&](int64_t head) {
+                    Matrix s = state(w, w.first, head);
+                    write_output(chunk, head, s);
+                    scale_rows(k, decay.to_end, weighted, steps, padded(K));
+                    for (int i = 0; i < K; i++) scale_rows({s[i], V}, &decay.total, {s[i], V}, 1, padded(V));
+                    product(Left::transposed(weighted), v, s, padded(K), steps, padded(V), true);
+                });
             }
         }
         for (int i = 0; i < heads * K; i++) std::copy_n(state(w, w.first, first + i / K)[i % K], V, carried + i * V);
@@ -170,28 +174,23 @@ struct Worker : Inputs {
     void write_gradients(const Window& w, int64_t at, int64_t key_head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        bool first = true;
         fill_scores(chunk);
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-            select_head(head);
-            decay.read(c, chunk, head);
+        each_head(chunk, key_head, [&](int64_t head) {
             decay.fill_within(chunk.steps);
             if (c.dv.data) write_dv(w, at, head);
-            if (c.dq.data || c.dk.data || c.dg) {
-                transpose(v, v_transposed, steps, padded(V));
-                product(o, v_transposed, weights, steps, padded(V), steps, false, LOWER);
-                times_lower(weights, decay.within, weights, steps);
-                add_dq_and_dk(w, at, head);
-                if (first) {
-                    std::swap(dq, dq_of_group);
-                    std::swap(dk, dk_of_group);
-                } else {
-                    add(dq, dq_of_group, steps, padded(K));
-                    add(dk, dk_of_group, steps, padded(K));
-                }
-                first = false;
+            if (!(c.dq.data || c.dk.data || c.dg)) return;
+            transpose(v, v_transposed, steps, padded(V));
+            product(o, v_transposed, weights, steps, padded(V), steps, false, LOWER);
+            times_lower(weights, decay.within, weights, steps);
+            add_dq_and_dk(w, at, head);
+            if (head == key_head * group) {
+                std::swap(dq, dq_of_group);
+                std::swap(dk, dk_of_group);
+            } else {
+                add(dq, dq_of_group, steps, padded(K));
+                add(dk, dk_of_group, steps, padded(K));
             }
-        }
+        });
         if (c.dq.data) store(c.dq, chunk, key_head, K, dq_of_group, c.scale);
         if (c.dk.data) store(c.dk, chunk, key_head, K, dk_of_group);
     }

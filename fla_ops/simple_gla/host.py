@@ -54,15 +54,16 @@ def fused_chunk_backward(*args: Any) -> tuple[Tensor | None, ...]:
 
 
 def _forward(otherwise: Callable[..., Any], fused: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, *_ = args
+    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, *packing = args
+    cu_seqlens, _, chunk_size = packing
     library = compiled.library("simple_gla/chunk.cpp", v)
     if library is None:
         result: tuple[Tensor, Tensor | None] = otherwise(*args)
         return result
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, *args[10:])
+    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, *packing)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
-    _run(library, fused, q, k, v, o, g, g_gamma, cu_seqlens, scale, args[11], state)
+    _run(library, fused, q, k, v, o, g, g_gamma, cu_seqlens, scale, chunk_size, state)
     if not output_final_state:
         return o, None
     return o, state.mT.contiguous() if state_v_first else state
