@@ -91,6 +91,17 @@ class Steps(ctypes.Structure):
     )
 
 
+class Walks(ctypes.Structure):
+    """The arguments that a kernel along sequences begins with: struct Walks of kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("time", "sequences", "key_heads", "heads", "K", "V")),
+        *((name, ctypes.c_int64) for name in ("reverse", "threads")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("offsets", "slots")),
+    )
+
+
 def steps(x: Tensor | None) -> Steps:
     """Zeros for None."""
     return Steps() if x is None else Steps(x.data_ptr(), DTYPES[x.dtype], *x.stride())

@@ -264,13 +264,20 @@ void spread(bool shared, int64_t count, Body body) {
     for (int64_t i = 0; i < count; i++) body(i);
 }
 
+// The arguments that a kernel along sequences begins with, as compiled.Walks has them. Pointers may be null.
+struct Walks {
+    int64_t time, sequences, key_heads, heads, K, V, reverse, threads;
+    double scale;
+    const int64_t* offsets;  // of packed sequences, [sequences + 1]
+    const int64_t* slots;    // the row of a state pool for each sequence, -1 for padding
+};
+
 // The steps of one sequence and head, in the order that a call walks them.
 struct Walk {
     int64_t sequence, head, key_head, batch, first, steps;
     bool reverse;
 
-    template <class Call>
-    Walk(const Call& c, int64_t i)
+    Walk(const Walks& c, int64_t i)
         : sequence(i / c.heads),
           head(i % c.heads),
           key_head(head / (c.heads / c.key_heads)),

@@ -17,14 +17,10 @@ from .chunked import scale_of
 SOURCE = "linear_attn/normalize.cpp"
 
 
-class Call(ctypes.Structure):
+class Call(compiled.Walks):
     """struct Call of normalize.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("time", "sequences", "key_heads", "heads", "K", "V")),
-        *((name, ctypes.c_int64) for name in ("reverse", "threads")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("offsets", "slots")),
         *((name, compiled.Steps) for name in ("q", "k", "o", "y", "z", "dq", "dk", "do")),
         ("dz", ctypes.c_void_p),
     )

@@ -9,11 +9,7 @@
 namespace {
 
 // The arguments of all operators, as host.py passes them. Pointers are null where there is nothing to pass.
-struct Call {
-    int64_t time, sequences, key_heads, heads, K, V, reverse, threads;
-    double scale;
-    const int64_t* offsets;  // of packed sequences, [sequences + 1]
-    const int64_t* slots;    // the row of `z` for each sequence, -1 for padding
+struct Call : Walks {
     Steps q, k, o, y;        // backward, o is the gradient of y
     Steps z;                 // [P, 1, H, K]: the sum before the first step, and forward then after the last
     Steps dq, dk, d_o;       // dq and dk for every value head

@@ -18,14 +18,11 @@ from .host import gradients_of, state_of
 SOURCE = "simple_gla/recurrent.cpp"
 
 
-class Call(ctypes.Structure):
+class Call(compiled.Walks):
     """struct Call of recurrent.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("time", "sequences", "key_heads", "heads", "K", "V")),
-        *((name, ctypes.c_int64) for name in ("reverse", "threads")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("offsets", "slots", "g", "g_gamma")),
+        *((name, ctypes.c_void_p) for name in ("g", "g_gamma")),
         *((name, compiled.Steps) for name in ("q", "k", "v", "o", "state", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("dg", "dstate")),
     )

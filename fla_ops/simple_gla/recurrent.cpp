@@ -8,11 +8,7 @@
 namespace {
 
 // The arguments of all operators, as host_recurrent.py passes them. Pointers are null where there is nothing to pass.
-struct Call {
-    int64_t time, sequences, key_heads, heads, K, V, reverse, threads;
-    double scale;
-    const int64_t* offsets;  // of packed sequences, [sequences + 1]
-    const int64_t* slots;    // the row of `state` for each sequence, -1 for padding
+struct Call : Walks {
     const float* g;          // [B, T, H]
     const float* g_gamma;    // [H]
     Steps q, k, v, o;        // backward, o is its gradient
