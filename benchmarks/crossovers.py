@@ -22,7 +22,7 @@ import torch
 
 import fla_ops
 from fla_ops.dispatch import Request, select
-from fla_ops.launch import crossovers as launch
+from fla_ops.dispatch import crossovers as launch
 
 from . import machine, table
 from .contenders import contender

@@ -146,6 +146,11 @@ def slot_values(slots: Tensor, pool: int) -> list[int]:
     return values
 
 
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """K ** -0.5 unless given."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _sizes(x: Tensor) -> str:
     return f"({', '.join(map(str, x.shape))})"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import _autocast, _flops, _gradient, _heap, _inline
+from . import _autocast, _flops, _gradient, _inline
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -50,13 +50,6 @@ def resolve(path: str) -> Callable[..., Any]:
     module, function = path.split(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
-
-
-@cache
-def _resolve_on_host(path: str) -> Callable[..., Any]:
-    """The same for a CPU, whose allocator keeps what is freed from then on."""
-    _heap.keep_freed()
-    return resolve(path)
 
 
 def _complete(op: OpOverload, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -122,7 +115,7 @@ def register(
     if (taken := list(inspect.signature(fake).parameters)) != arguments:
         raise TypeError(f"{qualified}: the fake must take the schema's arguments {arguments}, got {taken}")
 
-    LIBRARY.impl(name, _complete(op, lambda: _resolve_on_host(cuda if INTERPRETED else cpu)), "CPU")
+    LIBRARY.impl(name, _kernel(op, cuda if INTERPRETED else cpu), "CPU")
     LIBRARY.impl(name, _on_its_device(_kernel(op, cuda)), "CUDA")
     torch.library.register_fake(qualified, _complete(op, lambda: fake), lib=LIBRARY)
     LIBRARY.impl(name, _gradient.kernel(op, setup_context, backward), "Autograd", with_keyset=True)

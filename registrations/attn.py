@@ -84,8 +84,8 @@ register(
     "parallel_attn_forward(Tensor q, Tensor k, Tensor v, Tensor? g=None, float? scale=None, SymInt? window_size=None, "
     "Tensor? cu_seqlens=None, Tensor? chunk_indices=None, Tensor? sink_bias=None, bool output_rest=False) -> "
     "(Tensor o, Tensor lse, Tensor? rest)",
-    cpu="fla_ops.attn.aten:forward",
-    cuda="fla_ops.attn.parallel:forward",
+    cpu="fla_ops.attn.cpu.aten:forward",
+    cuda="fla_ops.attn.gpu.parallel:forward",
     fake=fake.parallel_forward,
     setup_context=_keep,
     backward=_gradient,
@@ -97,8 +97,8 @@ register(
     "parallel_attn_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? sink_bias, Tensor? cu_seqlens, Tensor o, "
     "Tensor lse, Tensor? rest, Tensor do, Tensor? dlse, float? scale, SymInt? window_size, bool[5] output_mask) -> "
     "(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dg, Tensor? dsink_bias)",
-    cpu="fla_ops.attn.aten:backward",
-    cuda="fla_ops.attn.parallel_backward:backward",
+    cpu="fla_ops.attn.cpu.aten:backward",
+    cuda="fla_ops.attn.gpu.parallel_backward:backward",
     fake=fake.parallel_backward,
     flops=_backward_flops,
     tags=CONTIGUOUS,
@@ -106,8 +106,8 @@ register(
 register(
     "attn_decoding_one_step(Tensor q, Tensor k, Tensor v, Tensor? g, float? scale, Tensor cu_seqlens, "
     "bool do_gate_scale=False, Tensor? sink_bias=None, SymInt? window_size=None) -> Tensor",
-    cpu="fla_ops.attn.aten_decoding:one_step",
-    cuda="fla_ops.attn.decoding:one_step",
+    cpu="fla_ops.attn.cpu.aten_decoding:one_step",
+    cuda="fla_ops.attn.gpu.decoding:one_step",
     fake=fake.decoding,
     cast=ACTIVATIONS,
     flops=_decoding_flops,

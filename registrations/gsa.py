@@ -91,8 +91,8 @@ def _chunk_gradient(
 register(
     f"chunk_gsa_forward({INPUTS}Tensor? g=None, float? scale=None, {STATES}, {OFFSETS}, int chunk_size=64, "
     f"int checkpoint_level=2) -> ({FINAL}, Tensor? earlier, Tensor? own, Tensor? states_k, Tensor? states_v)",
-    cpu="fla_ops.gsa.aten:chunk_forward",
-    cuda="fla_ops.gsa.chunk:forward",
+    cpu="fla_ops.gsa.cpu.aten:chunk_forward",
+    cuda="fla_ops.gsa.gpu.chunk:forward",
     fake=fake.chunk_forward,
     setup_context=_keep_chunk,
     backward=_chunk_gradient,
@@ -103,8 +103,8 @@ register(
 register(
     f"chunk_gsa_backward({SAVED_INPUTS}, Tensor? earlier, Tensor? own, Tensor? states_k, Tensor? states_v, Tensor do, "
     f"Tensor? dfinal_k, Tensor? dfinal_v, float? scale, int chunk_size, bool[7] output_mask) -> {GRADIENTS}",
-    cpu="fla_ops.gsa.aten:chunk_backward",
-    cuda="fla_ops.gsa.chunk:backward",
+    cpu="fla_ops.gsa.cpu.aten:chunk_backward",
+    cuda="fla_ops.gsa.gpu.chunk:backward",
     fake=fake.chunk_backward,
     flops=_chunk_backward_flops,
     tags=CONTIGUOUS,
@@ -138,8 +138,8 @@ def _recurrent_gradient(
 register(
     f"fused_recurrent_gsa({INPUTS}Tensor? g=None, float? scale=None, {STATES}, bool reverse=False, {OFFSETS}) "
     f"-> ({FINAL})",
-    cpu="fla_ops.gsa.aten_recurrent:forward",
-    cuda="fla_ops.gsa.fused_recurrent:forward",
+    cpu="fla_ops.gsa.cpu.aten_recurrent:forward",
+    cuda="fla_ops.gsa.gpu.fused_recurrent:forward",
     fake=fake.recurrent_forward,
     setup_context=_keep_recurrent,
     backward=_recurrent_gradient,
@@ -150,8 +150,8 @@ register(
 register(
     f"fused_recurrent_gsa_backward({SAVED_INPUTS}, Tensor do, Tensor? dfinal_k, Tensor? dfinal_v, float? scale, "
     f"bool reverse, bool[7] output_mask) -> {GRADIENTS}",
-    cpu="fla_ops.gsa.aten_recurrent:backward",
-    cuda="fla_ops.gsa.fused_recurrent:backward",
+    cpu="fla_ops.gsa.cpu.aten_recurrent:backward",
+    cuda="fla_ops.gsa.gpu.fused_recurrent:backward",
     fake=fake.recurrent_backward,
     flops=_recurrent_backward_flops,
     tags=CONTIGUOUS,
@@ -161,8 +161,8 @@ register(
 register(
     f"gsa_step_({INPUTS}Tensor g, Tensor(a!) state_k, Tensor(b!) state_v, float? scale=None, "
     "Tensor? slots=None) -> Tensor",
-    cpu="fla_ops.gsa.aten_recurrent:step",
-    cuda="fla_ops.gsa.decoding:step",
+    cpu="fla_ops.gsa.cpu.aten_recurrent:step",
+    cuda="fla_ops.gsa.gpu.decoding:step",
     fake=fake.step,
     cast=ACTIVATIONS,
     flops=_step_flops,

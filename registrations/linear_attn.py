@@ -51,32 +51,32 @@ register(
     "normalize_output(Tensor q, Tensor k, Tensor o, float? scale=1.0, Tensor? initial_z=None, "
     "bool output_final_z=False, bool reverse=False, Tensor? cu_seqlens=None, Tensor? cu_seqlens_cpu=None) -> "
     "(Tensor normalized, Tensor? final_z)",
-    cpu="fla_ops.linear_attn.host:forward",
-    cuda="fla_ops.linear_attn.normalize:forward",
+    cpu="fla_ops.linear_attn.cpu.cpp:forward",
+    cuda="fla_ops.linear_attn.gpu.normalize:forward",
     fake=fake.normalize,
     setup_context=_keep,
     backward=_gradient,
     cast=("q", "k", "o"),
     flops=_flops,
-    inline={"cpu": "fla_ops.linear_attn.traced:forward", "cuda": "fla_ops.linear_attn.normalize:forward"},
+    inline={"cpu": "fla_ops.linear_attn.cpu.traced:forward", "cuda": "fla_ops.linear_attn.gpu.normalize:forward"},
     tags=CONTIGUOUS,
 )
 register(
     "normalize_output_backward(Tensor q, Tensor k, Tensor normalized, Tensor? initial_z, Tensor? cu_seqlens, "
     "Tensor dnormalized, Tensor? dfinal_z, float? scale, bool reverse, bool[4] output_mask) -> "
     "(Tensor? dq, Tensor? dk, Tensor? do, Tensor? dinitial_z)",
-    cpu="fla_ops.linear_attn.host:backward",
-    cuda="fla_ops.linear_attn.normalize:backward",
+    cpu="fla_ops.linear_attn.cpu.cpp:backward",
+    cuda="fla_ops.linear_attn.gpu.normalize:backward",
     fake=fake.normalize_backward,
     flops=_backward_flops,
-    inline={"cpu": "fla_ops.linear_attn.traced:backward", "cuda": "fla_ops.linear_attn.normalize:backward"},
+    inline={"cpu": "fla_ops.linear_attn.cpu.traced:backward", "cuda": "fla_ops.linear_attn.gpu.normalize:backward"},
     tags=CONTIGUOUS,
 )
 register(
     "normalize_output_step_(Tensor q, Tensor k, Tensor o, Tensor(a!) z, float? scale=1.0, Tensor? slots=None) -> "
     "Tensor",
-    cpu="fla_ops.linear_attn.host:step",
-    cuda="fla_ops.linear_attn.normalize:step",
+    cpu="fla_ops.linear_attn.cpu.cpp:step",
+    cuda="fla_ops.linear_attn.gpu.normalize:step",
     fake=fake.normalize_step,
     cast=("q", "k", "o"),
     flops=_flops,

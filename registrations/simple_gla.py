@@ -60,25 +60,25 @@ for form in ("chunk", "fused_chunk"):
         f"{form}_simple_gla(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? g_gamma=None, float? scale=None, "
         "Tensor? initial_state=None, bool output_final_state=False, bool state_v_first=False, Tensor? cu_seqlens=None, "
         "Tensor? cu_seqlens_cpu=None, int chunk_size=64) -> (Tensor o, Tensor? final_state)",
-        cpu=f"fla_ops.simple_gla.host:{form}_forward",
-        cuda=f"fla_ops.simple_gla.{form}:forward",
+        cpu=f"fla_ops.simple_gla.cpu.cpp:{form}_forward",
+        cuda=f"fla_ops.simple_gla.gpu.{form}:forward",
         fake=fake.chunk_forward,
         setup_context=_keep_chunk,
         backward=_chunk_gradient(f"{form}_simple_gla_backward"),
         cast=ACTIVATIONS,
         flops=_flops.linear_chunk,
-        inline={"cpu": "fla_ops.simple_gla.traced:forward", "cuda": f"fla_ops.simple_gla.{form}:forward"},
+        inline={"cpu": "fla_ops.simple_gla.cpu.traced:forward", "cuda": f"fla_ops.simple_gla.gpu.{form}:forward"},
         tags=CONTIGUOUS,
     )
     register(
         f"{form}_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? initial_state, "
         "Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool state_v_first, int chunk_size, "
         f"bool[6] output_mask) -> {GRADIENTS}",
-        cpu=f"fla_ops.simple_gla.host:{form}_backward",
-        cuda=f"fla_ops.simple_gla.{form}:backward",
+        cpu=f"fla_ops.simple_gla.cpu.cpp:{form}_backward",
+        cuda=f"fla_ops.simple_gla.gpu.{form}:backward",
         fake=fake.chunk_backward,
         flops=_flops.linear_chunk_backward,
-        inline={"cpu": "fla_ops.simple_gla.traced:backward", "cuda": f"fla_ops.simple_gla.{form}:backward"},
+        inline={"cpu": "fla_ops.simple_gla.cpu.traced:backward", "cuda": f"fla_ops.simple_gla.gpu.{form}:backward"},
         tags=CONTIGUOUS,
     )
 
@@ -109,8 +109,8 @@ register(
     "fused_recurrent_simple_gla(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? g_gamma=None, float? scale=None, "
     "Tensor? initial_state=None, bool output_final_state=False, bool reverse=False, bool state_v_first=False, "
     "Tensor? cu_seqlens=None, Tensor? cu_seqlens_cpu=None) -> (Tensor o, Tensor? final_state)",
-    cpu="fla_ops.simple_gla.host_recurrent:forward",
-    cuda="fla_ops.simple_gla.fused_recurrent:forward",
+    cpu="fla_ops.simple_gla.cpu.cpp_recurrent:forward",
+    cuda="fla_ops.simple_gla.gpu.fused_recurrent:forward",
     fake=fake.recurrent_forward,
     setup_context=_keep_recurrent,
     backward=_recurrent_gradient,
@@ -122,8 +122,8 @@ register(
     "fused_recurrent_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, "
     "Tensor? initial_state, Tensor? cu_seqlens, Tensor do, Tensor? dfinal_state, float? scale, bool reverse, "
     f"bool state_v_first, bool[6] output_mask) -> {GRADIENTS}",
-    cpu="fla_ops.simple_gla.host_recurrent:backward",
-    cuda="fla_ops.simple_gla.fused_recurrent:backward",
+    cpu="fla_ops.simple_gla.cpu.cpp_recurrent:backward",
+    cuda="fla_ops.simple_gla.gpu.fused_recurrent:backward",
     fake=fake.recurrent_backward,
     flops=_flops.linear_recurrent_backward,
     tags=CONTIGUOUS,
@@ -149,8 +149,8 @@ def _parallel_gradient(ctx: Any, do: Tensor | None, dattn: Tensor | None) -> tup
 register(
     "parallel_simple_gla(Tensor q, Tensor k, Tensor v, Tensor? g=None, Tensor? g_gamma=None, float? scale=None, "
     "bool output_attentions=False, Tensor? cu_seqlens=None, Tensor? cu_seqlens_cpu=None) -> (Tensor o, Tensor? attn)",
-    cpu="fla_ops.simple_gla.aten_parallel:forward",
-    cuda="fla_ops.simple_gla.parallel:forward",
+    cpu="fla_ops.simple_gla.cpu.aten_parallel:forward",
+    cuda="fla_ops.simple_gla.gpu.parallel:forward",
     fake=fake.parallel_forward,
     setup_context=_keep_parallel,
     backward=_parallel_gradient,
@@ -162,8 +162,8 @@ register(
     "parallel_simple_gla_backward(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? g_gamma, Tensor? cu_seqlens, "
     "Tensor do, Tensor? dattn, float? scale, bool[5] output_mask) -> "
     "(Tensor? dq, Tensor? dk, Tensor? dv, Tensor? dg, Tensor? dg_gamma)",
-    cpu="fla_ops.simple_gla.aten_parallel:backward",
-    cuda="fla_ops.simple_gla.parallel:backward",
+    cpu="fla_ops.simple_gla.cpu.aten_parallel:backward",
+    cuda="fla_ops.simple_gla.gpu.parallel:backward",
     fake=fake.parallel_backward,
     flops=_flops.linear_parallel_backward,
     tags=CONTIGUOUS,
@@ -171,8 +171,8 @@ register(
 register(
     "simple_gla_step_(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? g=None, Tensor? g_gamma=None, "
     "float? scale=None, Tensor? slots=None) -> Tensor",
-    cpu="fla_ops.simple_gla.host_recurrent:step",
-    cuda="fla_ops.simple_gla.decoding:step",
+    cpu="fla_ops.simple_gla.cpu.cpp_recurrent:step",
+    cuda="fla_ops.simple_gla.gpu.decoding:step",
     fake=fake.step,
     cast=ACTIVATIONS,
     flops=_flops.linear_step,

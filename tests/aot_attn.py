@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla_ops.attn import decoding, parallel, parallel_backward
+from fla_ops.attn.gpu import decoding, parallel, parallel_backward
 
 SIZES = {"batch": 1, "time": 256, "query_heads": 4, "heads": 2}  # widths decide, and whether a size divides by 16
 WINDOW = 100

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla_ops.gsa import chunk, decoding, fused_recurrent
+from fla_ops.gsa.gpu import chunk, decoding, fused_recurrent
 
 SIZES = {"batch": 2, "time": 128, "query_heads": 4, "heads": 2}  # widths decide, and whether a size divides by 16
 CHUNK = 64

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fla_ops.linear_attn import normalize
+from fla_ops.linear_attn.gpu import normalize
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
 

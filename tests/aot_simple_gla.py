@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fla_ops.simple_gla import chunk, decoding, fused_chunk, fused_recurrent, parallel
+from fla_ops.simple_gla.gpu import chunk, decoding, fused_chunk, fused_recurrent, parallel
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
 CHUNK = 256  # an entry's tile is never cut by it

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fla_ops
-from fla_ops.simple_gla import traced
+from fla_ops.simple_gla.cpu import traced
 from tests.aot import stub_driver
 
 AUTO = torch.export.Dim.AUTO

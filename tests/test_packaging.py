@@ -65,7 +65,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert shipped == dict(package_files())
     assert {"fla_ops/py.typed", "fla_ops/meta/simple_gla.py", "fla_ops/registrations/simple_gla.py"} <= shipped.keys()
     assert any(name.startswith("fla_ops/launch/") and name.endswith(".json") for name in shipped)
-    assert {"fla_ops/common/kernels.h", "fla_ops/simple_gla/chunk.cpp"} <= shipped.keys()
+    assert {"fla_ops/common/cpu/kernels.h", "fla_ops/simple_gla/cpu/chunk.cpp"} <= shipped.keys()
 
 
 COMPUTE = """

@@ -23,10 +23,8 @@ TEXT_SUFFIXES = {".py", ".cpp", ".h", ".md", ".toml", ".txt", ".json", ".csv"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 120
 
-# The modules of a family, by name; what bears none of these names is one more part of an implementation.
-LAUNCHERS = tuple(
-    f"fla_ops.*.{form}" for form in ("chunk", "fused_chunk", "parallel", "fused_recurrent", "decoding", "aten", "host")
-)
+# The rooms of a family: what every backend shares, and a folder for each backend.
+BACKENDS = ("fla_ops.*.cpu", "fla_ops.*.gpu")
 CHECKS = ("fla_ops.validation", "fla_ops.*.checks")
 PUBLIC = ("fla_ops.dispatch", "fla_ops.*.api", "fla_ops.*.forms", "fla_ops.*.reference")
 REGISTRY = ("fla_ops.meta", "fla_ops.registrations")
@@ -52,17 +50,21 @@ RULES = [
     Rule("checks", ("fla_ops.*.checks",), only=("torch", *CHECKS)),
     Rule("fakes", ("fla_ops.meta",), only=("torch", "fla_ops.meta", *CHECKS)),
     Rule("registrations", ("fla_ops.registrations",), only=("torch", *REGISTRY, *CHECKS)),
-    Rule("public functions", ("fla_ops.*.api",), never=("triton", *SHARED, *LAUNCHERS)),
-    Rule("choice of a form", ("fla_ops.dispatch", "fla_ops.*.forms"), never=("triton", *LAUNCHERS)),
-    Rule("references", ("fla_ops.*.reference",), never=("triton", *SHARED, *LAUNCHERS)),
+    Rule("public functions", ("fla_ops.*.api",), never=("triton", *SHARED, *BACKENDS)),
+    Rule("choice of a form", ("fla_ops.dispatch", "fla_ops.*.forms"), never=("triton", *BACKENDS)),
+    Rule("references", ("fla_ops.*.reference",), never=("triton", *SHARED, *BACKENDS)),
     Rule(
-        "implementations",
-        ("fla_ops.*.*",),
-        but=(*CHECKS, *PUBLIC, *REGISTRY, *SHARED),
-        only=("torch", "triton", *SHARED, *CHECKS, "{family}", "fla_ops.simple_gla"),
-        never=PUBLIC,
+        "CPU implementations",
+        ("fla_ops.*.cpu",),
+        only=("torch", *CHECKS, "{family}", "fla_ops.common.cpu"),
+        never=(*PUBLIC, "fla_ops.*.gpu"),
     ),
-    Rule("shared routines", ("fla_ops.common",), only=("torch", "triton", *SHARED, "fla_ops.validation")),
+    Rule(
+        "GPU implementations",
+        ("fla_ops.*.gpu",),
+        only=("torch", "triton", *CHECKS, "{family}", "fla_ops.common.gpu", "fla_ops.launch"),
+        never=(*PUBLIC, "fla_ops.*.cpu"),
+    ),
     Rule("launch settings", ("fla_ops.launch",), only=("torch", "triton", "fla_ops.launch")),
 ]
 

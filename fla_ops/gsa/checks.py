@@ -179,3 +179,8 @@ def chunk_rows(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> int:
     if cu_seqlens is None:
         return batch * ((time + steps - 1) // steps)
     return (time + (cu_seqlens.shape[0] - 1) * (steps - 1)) // steps
+
+
+def mask(g: Tensor | None, output_mask: list[bool]) -> list[bool]:
+    """Which gradients (of q, k, v, s, g, ...) to compute: without g, that of s needs those of w and g."""
+    return output_mask if g is not None else [*output_mask[:4], output_mask[3], *output_mask[5:]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fla_ops import validation as valid
 from fla_ops.dispatch import Choice, Form, Request, select, wants_gradient
-from fla_ops.launch.crossovers import crossovers
+from fla_ops.dispatch.crossovers import crossovers
 
 MODES = ("chunk", "fused_chunk", "fused_recurrent", "parallel")
 

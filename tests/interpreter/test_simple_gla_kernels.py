@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fla_ops.simple_gla import chunk, decoding, fused_chunk, fused_recurrent, parallel, reference
+from fla_ops.simple_gla import reference
+from fla_ops.simple_gla.gpu import chunk, decoding, fused_chunk, fused_recurrent, parallel
 from tests import numerics
 from tests.contract.helpers import INTERPRETED
 

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import fla_ops
-from fla_ops.attn import aten, aten_tiles, decay, reference
+from fla_ops.attn import reference
+from fla_ops.attn.cpu import aten, aten_tiles, decay
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing

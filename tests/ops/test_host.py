@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common import compiled
+from fla_ops.common.cpu import build as compiled
 from tests import numerics
 from tests.cases import COMBINATION, Case, cases
 from tests.contract import test_numbers
@@ -25,7 +25,7 @@ from tests.contract.helpers import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
 
-SOURCES = ("simple_gla/chunk.cpp", "simple_gla/recurrent.cpp", "linear_attn/normalize.cpp")
+SOURCES = ("simple_gla/cpu/chunk.cpp", "simple_gla/cpu/recurrent.cpp", "linear_attn/cpu/normalize.cpp")
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
 SERVED = (*CHUNKED, "fused_recurrent_simple_gla", "simple_gla_step_", "normalize_output", "linear_attn_step_")
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]

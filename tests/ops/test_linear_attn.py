@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fla_ops
-from fla_ops.linear_attn import traced
+from fla_ops.linear_attn.cpu import traced
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing

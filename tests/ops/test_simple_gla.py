@@ -11,8 +11,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common import decay
-from fla_ops.simple_gla import aten, chunked
+from fla_ops.common.cpu import decay
+from fla_ops.simple_gla.cpu import aten, chunked
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing

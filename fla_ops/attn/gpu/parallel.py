@@ -1,0 +1,150 @@
+"""The parallel form of attn, forward: one program holds a block of rows and walks the columns that it sees.
+
+The softmax is taken as the columns come: with m the largest score so far, l = sum_j exp2(x_ij - m) and out = sum_j
+exp2(x_ij - m) v_j are rescaled when m grows. No T x T matrix is formed. Columns outside the window, or before a step
+that forgets, are not visited.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fla_ops import launch
+from fla_ops.attn import decay
+from fla_ops.common.gpu import chunk_index
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.chunk_index import locate_chunk
+from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
+
+from .. import checks
+from .gates import LOG2E, decay_sums
+from .scores import column_range, tile_scores
+
+REST = tl.constexpr(decay.REST)
+WIDEST = 256  # K and V: a program holds whole rows
+
+
+@triton.jit
+def attend(
+    queries, k, v,                          # [BM, BK], at this head: [time, H, K], [time, H, V]
+    high, low, since,                       # at this head and sequence, or None
+    out, total, peak,                       # [BM, BV], [BM], [BM]
+    begin, row, start, end, length, window, scale,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MASKED: tl.constexpr, DIAGONAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Take in the columns from start to end."""
+    rows = row + tl.arange(0, BM)
+    for column in range(start, end, BN):
+        columns = column + tl.arange(0, BN)
+        keys = load_rows(k, begin + column, length - column, 0, H, K, BN, BK)
+        x = tile_scores(
+            queries, keys, high, low, since, rows, columns, row, length, window, scale,
+            MASKED, DIAGONAL, WINDOW, PRECISION,
+        )
+        largest = tl.maximum(peak, tl.max(x, 1))
+        weights = tl.exp2(x - largest[:, None])
+        shrink = tl.exp2(peak - largest)
+        values = load_rows(v, begin + column, length - column, 0, H, V, BN, BV)
+        total = total * shrink + tl.sum(weights, 1)
+        out = out * shrink[:, None] + dot(nearest(weights, values.dtype), values, PRECISION)
+        peak = largest
+    return out, total, peak
+
+
+@triton.jit(do_not_specialize=["T", "N", "TOTAL", "window"])
+def attn_forward_kernel(
+    q, k, v,                                # [B, T, HQ, K], [B, T, H, K], [B, T, H, V]
+    high, low, since, sink_bias,            # [HQ, TOTAL] x 3, [HQ]
+    o, rest, lse,                           # [B, T, HQ, V] x 2, [B, T, HQ]
+    cu_seqlens, chunk_sequence, chunk_ends, # [N + 1], [rows], [N]
+    scale, T, N, TOTAL, window,
+    HQ: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):
+    block, head, _ = split_program(1, HQ)
+    block = tl.num_programs(0) // HQ - 1 - block  # late rows see most: begin with them
+    begin, length, i = locate_chunk(block, cu_seqlens, chunk_sequence, chunk_ends, T, N, BM)
+    row = i * BM
+    if row >= length:
+        return
+    q += head * K
+    k += head // (HQ // H) * K
+    v += head // (HQ // H) * V
+    if high is not None:
+        high += head.to(tl.int64) * TOTAL + begin
+        low += head.to(tl.int64) * TOTAL + begin
+        since += head.to(tl.int64) * TOTAL + begin
+
+    queries = load_rows(q, begin + row, length - row, 0, HQ, K, BM, BK)
+    out = tl.zeros([BM, BV], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    peak = tl.full([BM], -1e38, tl.float32)  # finite: where nothing is seen yet, -inf - -inf would be NaN
+    end = tl.minimum(row + BM, length)
+    start, whole = column_range(since, row, length, window, WINDOW, BM, BN)
+    if WINDOW or since is not None:
+        out, total, peak = attend(
+            queries, k, v, high, low, since, out, total, peak, begin, row, start, whole, length, window, scale,
+            H, K, V, BM, BN, BK, BV, True, False, WINDOW, PRECISION,
+        )
+    out, total, peak = attend(
+        queries, k, v, high, low, since, out, total, peak, begin, row, whole, row, length, window, scale,
+        H, K, V, BM, BN, BK, BV, False, False, WINDOW, PRECISION,
+    )
+    out, total, peak = attend(
+        queries, k, v, high, low, since, out, total, peak, begin, row, row, end, length, window, scale,
+        H, K, V, BM, BN, BK, BV, True, True, WINDOW, PRECISION,
+    )
+    if sink_bias is not None:
+        sink = tl.load(sink_bias + head).to(tl.float32) * LOG2E
+        largest = tl.maximum(peak, sink)
+        shrink = tl.exp2(peak - largest)
+        total = total * shrink + tl.exp2(sink - largest)
+        out = out * shrink[:, None]
+        peak = largest
+    out = out / total[:, None]
+    store_rows(o + head * V, out, begin + row, length - row, 0, HQ, V, BM, BV)
+    if rest is not None:
+        left = out - nearest(out, o.dtype.element_ty).to(tl.float32)
+        store_rows(rest + head * V, left * REST, begin + row, length - row, 0, HQ, V, BM, BV)
+    rows = row + tl.arange(0, BM)
+    tl.store(lse + (begin + rows) * HQ + head, (peak + tl.log2(total)) / LOG2E, mask=rows < length)
+
+
+def forward(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias, output_rest):
+    """o [B, T, HQ, V] in q's dtype, logs of the denominators [B, T, HQ]; if asked, what rounding took from o."""
+    checks.launch(q, k, v, g, window_size, cu_seqlens, chunk_indices, sink_bias)
+    refuse_float64(q)
+    refuse_widths(q, v)
+    batch, time, query_heads, key_width = q.shape
+    heads, value_width = v.shape[2:]
+    check_offsets(cu_seqlens, time)
+    q, k, v, sink_bias, cu_seqlens = contiguous(q, k, v, sink_bias, cu_seqlens)
+    o = torch.empty((*q.shape[:3], value_width), dtype=q.dtype, device=q.device)
+    rest = torch.empty_like(o) if output_rest and q.dtype is not torch.float32 else None
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    gates = decay_sums(g, cu_seqlens)
+    entry = launch.entry("attn_forward", q, key_width, value_width)
+    index = chunk_index.build(batch, time, cu_seqlens, entry["BM"])
+    launch.run(
+        attn_forward_kernel,
+        index.rows * query_heads,
+        q, k, v, *gates[:3], sink_bias, o, rest, lse, cu_seqlens, index.sequence, index.ends,
+        scale_of(q, scale) * LOG2E.value, time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, batch * time,
+        time if window_size is None else window_size,
+        HQ=query_heads, H=heads, K=key_width, V=value_width,
+        BM=index.size, BN=entry["BN"], BK=launch.block(WIDEST, key_width), BV=launch.block(WIDEST, value_width),
+        WINDOW=window_size is not None, PRECISION=launch.precision(entry), **launch.options(entry),
+    )
+    return o, lse, rest
+
+
+def refuse_widths(q: torch.Tensor, v: torch.Tensor) -> None:
+    """One program holds whole rows of q, k and v."""
+    for name, x, letter in (("q", q, "K"), ("v", v, "V")):
+        if x.shape[3] > WIDEST:
+            raise ValueError(f"{name} must have {letter} <= {WIDEST} on a GPU, got {letter} = {x.shape[3]}")

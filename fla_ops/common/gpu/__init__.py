@@ -1,0 +1,1 @@
+"""The Triton kernels and routines that two families or more use."""

@@ -1,0 +1,147 @@
+// What the chunk forms of simple_gla work on: the arguments, the chunks, their decays, and who holds which states.
+
+#include "common/cpu/kernels.h"
+
+namespace {
+
+constexpr int CHUNK = 64;  // steps in a chunk, at most
+constexpr float RESET = 9.36e-14f;  // exp(-30): a step that decays as strongly has no gate gradient
+constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
+constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
+
+// The arguments of both operators, as host.py passes them. Pointers are null where there is nothing to pass.
+struct Call {
+    int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, fused, threads;
+    double scale;
+    const int64_t* offsets;        // of packed sequences, [sequences + 1]
+    const float* g;                // [B, T, H]
+    const float* g_gamma;          // [H]
+    Steps q, k, v, o, dq, dk, dv;  // backward, o is its gradient
+    float* dg;                     // [B, T, H]
+    float* state;                  // [N, H, K, V] forward, [N, H, V, K] backward: initial, then final
+    float* dstate;                 // [N, H, K, V]: gradient of the final state, then of the initial one; dq needs none
+    float* space;                  // as many numbers as chunk_space says
+};
+
+struct Chunk {
+    int64_t batch, start;
+    int steps;
+};
+
+// The chunks of all sequences in order; those of sequence n are first[n] to first[n + 1].
+struct Chunks {
+    std::vector<Chunk> all;
+    std::vector<int64_t> first{0};
+
+    explicit Chunks(const Call& c) {
+        for (int64_t n = 0; n < c.sequences; n++) {
+            int64_t start = c.offsets ? c.offsets[n] : 0, end = c.offsets ? c.offsets[n + 1] : c.time;
+            for (int64_t t = start; t < end; t += c.chunk_size)
+                all.push_back({c.offsets ? 0 : n, t, int(std::min(c.chunk_size, end - t))});
+            first.push_back(int64_t(all.size()));
+        }
+    }
+};
+
+// How many key heads are read together: a row of v of a kilobyte, but all threads at work.
+inline int64_t heads_together(const Call& c) {
+    int64_t enough = TOGETHER / (c.heads / c.key_heads * c.V), most = c.key_heads;
+    if (c.fused) most = c.sequences * c.key_heads / c.threads;
+    return std::max<int64_t>(1, std::min({enough, most, c.key_heads}));
+}
+
+enum Load { LOAD_Q = 1, LOAD_K = 2, LOAD_V = 4, LOAD_O = 8 };
+
+// A chunk's steps of the heads that are read together, and among them those of the head at work.
+struct Inputs {
+    const Call& c;
+    const int group, K, V;
+    int64_t first_head = 0;  // key head
+    Matrix all_q, all_k, all_v, all_o;
+    Matrix q, k, v, o;
+
+    Inputs(const Call& c, Space& space)
+        : c(c),
+          group(int(c.heads / c.key_heads)),
+          K(int(c.K)),
+          V(int(c.V)),
+          all_q(space.matrices(heads_together(c), CHUNK, K)),
+          all_k(space.matrices(heads_together(c), CHUNK, K)),
+          all_v(space.matrices(heads_together(c) * group, CHUNK, V)),
+          all_o(space.matrices(heads_together(c) * group, CHUNK, V)),
+          q(all_q),
+          k(all_k),
+          v(all_v),
+          o(all_o) {}
+
+    // For some key heads and the value heads that they serve.
+    void load(const Chunk& chunk, int64_t first, int64_t last, int what) {
+        auto heads = [&](const Steps& x, int per_key_head, int width, Matrix to, double factor) {
+            x.load(chunk.batch, chunk.start, first * per_key_head, chunk.steps, int(last - first) * per_key_head, width,
+                   to, Matrix::numbers(CHUNK, width), float(factor));
+        };
+        first_head = first;
+        if (what & LOAD_Q) heads(c.q, 1, K, all_q, c.scale);
+        if (what & LOAD_K) heads(c.k, 1, K, all_k, 1);
+        if (what & LOAD_V) heads(c.v, group, V, all_v, 1);
+        if (what & LOAD_O) heads(c.o, group, V, all_o, 1);
+    }
+    void select_key_head(int64_t head) {
+        q.at = all_q.at + (head - first_head) * Matrix::numbers(CHUNK, K);
+        k.at = all_k.at + (head - first_head) * Matrix::numbers(CHUNK, K);
+    }
+    void select_head(int64_t head) {
+        v.at = all_v.at + (head - first_head * group) * Matrix::numbers(CHUNK, V);
+        o.at = all_o.at + (head - first_head * group) * Matrix::numbers(CHUNK, V);
+    }
+    void store(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix from, double factor = 1) const {
+        x.store(chunk.batch, chunk.start, head, chunk.steps, width, from, float(factor));
+    }
+};
+
+// The decays in one chunk of one head.
+struct Decay {
+    Matrix within;                      // D
+    float *step, *from_start, *to_end;  // exp(g), a, b
+    float total = 1;                    // d
+
+    explicit Decay(Space& space)
+        : within(space.matrix(CHUNK, CHUNK)),
+          step(space.take(CHUNK)),
+          from_start(space.take(CHUNK)),
+          to_end(space.take(CHUNK)) {}
+
+    void read(const Call& c, const Chunk& chunk, int64_t head) {
+        const float constant = c.g_gamma ? std::exp(c.g_gamma[head]) : 1.f;
+        for (int i = 0; i < chunk.steps; i++)
+            step[i] = c.g ? std::exp(c.g[(chunk.batch * c.time + chunk.start + i) * c.heads + head]) : constant;
+        total = 1;
+        for (int i = 0; i < chunk.steps; i++) from_start[i] = total *= step[i];
+        float since = 1;
+        for (int j = chunk.steps - 1; j >= 0; j--) {
+            to_end[j] = since;
+            since *= step[j];
+        }
+        for (int i = chunk.steps; i < padded(chunk.steps); i++) from_start[i] = to_end[i] = 0;
+    }
+
+    // Row i of D is row i - 1, one step older, and a one on the diagonal.
+    void fill_within(int steps) {
+        int size = padded(steps);
+        std::fill(within[0], within[0] + size, 0.f);
+        within[0][0] = 1;
+        for (int i = 1; i < steps; i++) {
+            for (int j = 0; j < size; j += LANES) write(within[i] + j, ::read(within[i - 1] + j) * step[i]);
+            within[i][i] = 1;
+        }
+        for (int i = steps; i < size; i++) std::fill(within[i], within[i] + size, 0.f);
+    }
+};
+
+// Chunks and key heads whose states are in memory at once: all, or some of one sequence and one head.
+struct Window {
+    int64_t first, last, first_sequence, last_sequence, first_head, last_head;
+    float *states, *dstates, *totals;  // before each chunk, after it, and its d
+};
+
+}  // namespace

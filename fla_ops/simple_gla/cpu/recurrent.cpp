@@ -1,0 +1,157 @@
+// simple_gla on a CPU, step by step, in float32: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
+//
+// One pass over the state per step, so a decode step moves the state once in and once out. The gradient walks twice:
+// along time with S for dq, then against it with the gradient of S for dk and dv; no state is kept.
+
+#include "common/cpu/kernels.h"
+
+namespace {
+
+// The arguments of all operators, as host_recurrent.py passes them. Pointers are null where there is nothing to pass.
+struct Call : Walks {
+    const float* g;          // [B, T, H]
+    const float* g_gamma;    // [H]
+    Steps q, k, v, o;        // backward, o is its gradient
+    Steps state;             // [P, H, K, V]: its K rows are what steps are elsewhere
+    Steps dq, dk, dv;        // dq and dk for every value head
+    float* dg;               // [B, T, H]
+    float* dstate;           // [N, H, K, V]: gradient of the final state, then of the initial one; dq needs none
+};
+
+constexpr int AHEAD = 8;  // rows fetched before their turn: the processor's own prefetching ends at each page
+
+// S <- decay S + k v^T and o += S^T q, for S [K, V] with strides; `column` is a constant where S is dense. Every
+// operation is spelled out, so that both give the same bits.
+template <class T, class Stride>
+void advance(T* state, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
+             float decay, int K, int V) {
+    for (int i = 0; i < K; i++) {
+        for (int j = 0; j < V; j += 64 / int(sizeof(T))) __builtin_prefetch(state + (i + AHEAD) * row + j * column, 1);
+        T* __restrict s = state + i * row;
+        const float key = k[i], query = q[i];
+#pragma GCC ivdep
+        for (int j = 0; j < V; j++) {
+            const float next = std::fma(decay, float(s[j * column]), key * v[j]);
+            s[j * column] = next;
+            o[j] = std::fma(query, next, o[j]);
+        }
+    }
+}
+
+// One thread, with a step's vectors and, for gradients, a state and its gradient.
+struct Worker {
+    const Call& c;
+    const int K, V;
+    std::vector<float> space;
+    Matrix q, k, row, v, o, state, dstate;
+
+    Worker(const Call& c, bool backward)
+        : c(c),
+          K(int(c.K)),
+          V(int(c.V)),
+          space(3 * Matrix::numbers(1, K) + 2 * Matrix::numbers(1, V) + 2 * backward * Matrix::numbers(K, V)),
+          q(space.data(), K),
+          k(q[padded(1)], K),
+          row(k[padded(1)], K),
+          v(row[padded(1)], V),
+          o(v[padded(1)], V),
+          state(o[padded(1)], V),
+          dstate(state[padded(K)], V) {}
+
+    int64_t gate(const Walk& w, int64_t t) const { return (w.batch * c.time + t) * c.heads + w.head; }
+    float decay_of(const Walk& w, int64_t t) const {
+        return std::exp(c.g ? c.g[gate(w, t)] : c.g_gamma ? c.g_gamma[w.head] : 0.f);
+    }
+
+    void load(const Walk& w, int64_t t) {
+        c.k.load_row(w.batch, t, w.key_head, K, k.at);
+        c.q.load_row(w.batch, t, w.key_head, K, q.at, float(c.scale));
+        c.v.load_row(w.batch, t, w.head, V, v.at);
+    }
+
+    void forward(const Walk& w) {
+        const int64_t slot = c.slots ? c.slots[w.sequence] : w.sequence;
+        for (int64_t i = 0; i < w.steps; i++) {
+            const int64_t t = w.at(i);
+            std::fill(o.at, o.at + V, 0.f);
+            if (slot >= 0) {
+                load(w, t);
+                c.state.row(slot, 0, w.head, [&](auto* s, auto column) {
+                    advance(s, c.state.step, column, k.at, q.at, v.at, o.at, decay_of(w, t), K, V);
+                });
+            }
+            c.o.store_row(w.batch, t, w.head, V, o.at);
+        }
+    }
+
+    // With P the running sum of g, dP_t = q_t . dq_t - k_t . dk_t, and <S, dS> of the final state after the last step;
+    // dg_t is the sum of dP from t on.
+    void backward(const Walk& w) {
+        std::vector<float> along(w.steps);  // q_t . dq_t
+        double since = 0;
+        if (c.dstate)
+            for (int i = 0; i < K; i++) std::copy_n(dstate_of(w) + i * V, V, dstate[i]);
+        if (c.dq.data || c.dg) {
+            for (int i = 0; i < K; i++) c.state.load_row(w.sequence, i, w.head, V, state[i]);
+            for (int64_t i = 0; i < w.steps; i++) along[i] = dq_of(w, w.at(i));
+        }
+        if (c.dg)
+            for (int i = 0; i < K; i++) since += dot(state[i], dstate[i], padded(V));
+        if (!c.dstate) return;
+        for (int64_t i = w.steps - 1; i >= 0; i--) {
+            const int64_t t = w.at(i);
+            const float decay = decay_of(w, t);
+            since += along[i] - dk_and_dv_of(w, t, decay);
+            if (c.dg) c.dg[gate(w, t)] = decay > 0 ? float(since) : 0.f;
+        }
+        for (int i = 0; i < K; i++) std::copy_n(dstate[i], V, dstate_of(w) + i * V);
+    }
+
+    float* dstate_of(const Walk& w) const { return c.dstate + (w.sequence * c.heads + w.head) * K * V; }
+
+    // S <- decay S + k v^T, dq = S do. Returns q . dq.
+    float dq_of(const Walk& w, int64_t t) {
+        load(w, t);
+        c.o.load_row(w.batch, t, w.head, V, o.at);
+        const float decay = decay_of(w, t);
+        for (int i = 0; i < K; i++) {
+            Vector sum{};
+            for (int j = 0; j < V; j += LANES) {
+                Vector next = decay * read(state[i] + j) + k.at[i] * read(v.at + j);
+                write(state[i] + j, next);
+                sum += next * read(o.at + j);
+            }
+            row.at[i] = ::sum(sum);
+        }
+        if (c.dq.data) c.dq.store_row(w.batch, t, w.head, K, row.at, float(c.scale));
+        return dot(q.at, row.at, padded(K));
+    }
+
+    // dS <- dS + q do^T, dk = dS v, dv = dS^T k, dS <- decay dS. Returns k . dk.
+    float dk_and_dv_of(const Walk& w, int64_t t, float decay) {
+        load(w, t);
+        c.o.load_row(w.batch, t, w.head, V, o.at);
+        Matrix dv = state;  // of no more use
+        std::fill(dv[0], dv[0] + padded(V), 0.f);
+        for (int i = 0; i < K; i++) {
+            Vector sum{};
+            for (int j = 0; j < V; j += LANES) {
+                Vector now = read(dstate[i] + j) + q.at[i] * read(o.at + j);
+                sum += now * read(v.at + j);
+                write(dv[0] + j, read(dv[0] + j) + k.at[i] * now);
+                write(dstate[i] + j, decay * now);
+            }
+            row.at[i] = ::sum(sum);
+        }
+        if (c.dk.data) c.dk.store_row(w.batch, t, w.head, K, row.at);
+        if (c.dv.data) c.dv.store_row(w.batch, t, w.head, V, dv[0]);
+        return dot(k.at, row.at, padded(K));
+    }
+};
+
+}  // namespace
+
+extern "C" {
+void recurrent_forward(const Call* call) { walk_all<Worker>(*call, false); }
+void recurrent_backward(const Call* call) { walk_all<Worker>(*call, true); }
+}

@@ -1,0 +1,87 @@
+"""The chunk form: a pass that carries the state from chunk to chunk, then one program per chunk, head and value block.
+
+    o_i = scale (sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i)
+
+D_ij is the decay from step j to step i, a_i from the chunk's start to step i, S the state before the chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fla_ops import launch
+from fla_ops.common.gpu import chunk_index
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64, scale_of
+from fla_ops.common.gpu.chunk_index import locate_chunk
+from fla_ops.common.gpu.gates import block_decay, gate
+from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
+
+from .. import checks
+from .chunk_backward import backward
+from .chunk_states import chunk_states
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def chunk_output_kernel(
+    q, k, v, g,                             # [B, T, HK, K] x 2, [B, T, H, V], [B, T, H] or [H]
+    states, o,                              # [rows, H, K, V], [B, T, H, V]
+    cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
+    scale, T, N,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):
+    row, head, block = split_program((V + BV - 1) // BV, H)
+    start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
+    first, steps = start + i * BT, length - i * BT
+    if steps <= 0:
+        return
+    q += head // (H // HK) * K
+    k += head // (H // HK) * K
+    v += head * V
+    o += head * V
+
+    scores = tl.zeros([BT, BT], tl.float32)
+    out = tl.zeros([BT, BV], tl.float32)
+    for key in range(0, K, BK):
+        queries = load_rows(q, first, steps, key, HK, K, BT, BK)
+        keys = load_rows(k, first, steps, key, HK, K, BT, BK)
+        at, inside = state_tile(row * H + head, key, block * BV, K, V, BK, BV, False)
+        scores += dot(queries, tl.trans(keys), PRECISION)
+        out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
+    decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
+    out = out * from_start[:, None] + dot(nearest(scores * decay, values.dtype), values, PRECISION)
+    store_rows(o, out * scale, first, steps, block * BV, H, V, BT, BV)
+
+
+def forward(
+    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+):
+    """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
+    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
+    refuse_float64(q)
+    batch, time, key_heads, key_width = q.shape
+    heads, value_width = v.shape[2:]
+    check_offsets(cu_seqlens, time)
+    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
+    decay = gate(g, g_gamma)
+    entry = launch.entry("chunk_output", q, key_width, value_width)
+    index = chunk_index.build(batch, time, cu_seqlens, min(chunk_size, entry["BT"]))
+
+    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
+    states = chunk_states(index, k, v, decay, initial_state, final, state_v_first, cu_seqlens)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
+    launch.run(
+        chunk_output_kernel,
+        index.rows * heads * triton.cdiv(value_width, value_block),
+        q, k, v, decay[0], states, o, cu_seqlens, index.sequence, index.ends,
+        scale_of(q, scale), time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
+        DECAY=decay[1], PRECISION=launch.precision(entry), **launch.options(entry),
+    )
+    return o, final

@@ -1,0 +1,92 @@
+"""The state before each chunk, and the gradient that arrives after each chunk: one walk along each sequence.
+
+Forward:  S' = d S + sum_j b_j k_j v_j^T, with b_j the decay from step j to the chunk's end and d that of the chunk.
+Reverse:  dS = d dS' + scale sum_i a_i q_i do_i^T, with a_i the decay from the chunk's start to step i.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_ops import launch
+from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
+from fla_ops.common.gpu.gates import block_decay
+from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_state_kernel(
+    k, v, g,                    # [B, T, HK, K], [B, T, H, V], [B, T, H] or [H]; REVERSE: q and do for k and v
+    initial, states, final,     # [N, H, K, V], [rows, H, K, V], [N, H, K, V]; TRANSPOSED: first and last [N, H, V, K]
+    cu_seqlens, chunk_ends,     # [N + 1], [N]
+    scale, T,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):
+    """One program carries one [BK, BV] tile of one head's state along one sequence."""
+    VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    KEY_BLOCKS: tl.constexpr = (K + BK - 1) // BK
+    n, head, block = split_program(KEY_BLOCKS * VALUE_BLOCKS, H)
+    key, value = block // VALUE_BLOCKS * BK, block % VALUE_BLOCKS * BV
+    start, length = sequence_bounds(n, cu_seqlens, T)
+    row = first_row(n, chunk_ends, T, BT)
+    k += head // (H // HK) * K
+    v += head * V
+
+    state = tl.zeros([BK, BV], tl.float32)
+    at, inside = state_tile(n * H + head, key, value, K, V, BK, BV, TRANSPOSED)
+    if initial is not None:
+        state += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(length, BT)
+    for c in range(chunks):
+        i = chunks - 1 - c if REVERSE else c
+        first, steps = start + i * BT, length - i * BT
+        if states is not None:
+            into, kept = state_tile((row + i) * H + head, key, value, K, V, BK, BV, False)
+            tl.store(states + into, nearest(state, states.dtype.element_ty), mask=kept)
+        keys = load_rows(k, first, steps, key, HK, K, BT, BK)
+        values = load_rows(v, first, steps, value, H, V, BT, BV)
+        _, _, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
+        if DECAY != "none" or REVERSE:
+            values = nearest(values * (scale * leave)[:, None], values.dtype)
+        state = state * total + dot(tl.trans(keys), values, PRECISION)
+    if final is not None:
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
+
+
+def chunk_states(
+    index: ChunkIndex,
+    k: Tensor,
+    v: Tensor,
+    gate: tuple[Tensor | None, str],
+    initial: Tensor | None,
+    final: Tensor | None,
+    state_v_first: bool,
+    cu_seqlens: Tensor | None,
+    scale: float = 1.0,
+    reverse: bool = False,
+    keep: bool = True,
+) -> Tensor | None:
+    """The state before each chunk, [rows, H, K, V] in k's dtype (kept only if asked for); fills `final` where given.
+
+    With reverse=True, k and v are q and do, and the result is the gradient that arrives after each chunk.
+    """
+    batch, time, key_heads, key_width = k.shape
+    heads, value_width = v.shape[2:]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    states = torch.empty(index.rows, heads, key_width, value_width, dtype=k.dtype, device=k.device) if keep else None
+    entry = launch.entry("chunk_state", k, key_width, value_width)
+    key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
+    launch.run(
+        chunk_state_kernel,
+        sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
+        k, v, gate[0], initial, states, final, cu_seqlens, index.ends, scale, time,
+        H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
+        DECAY=gate[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=state_v_first,
+        **launch.options(entry),
+    )
+    return states

@@ -1,0 +1,158 @@
+"""The fused chunk form: one program walks the chunks of a sequence and holds the whole [K, BV] state.
+
+    o_i = scale (sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i)
+    S'  = d S + sum_j b_j k_j v_j^T
+
+The gradients of q, k and v are the same walk with the roles exchanged: dq is the walk of (do, v, k), dv that of (k, q,
+do) and dk that of (v, do, q) backwards in time, with the gradient of the state as the state. The gradient of a gate
+would be a difference of two such results summed along the whole sequence, in which 16-bit rounding adds up: with gates
+the chunk form's gradient is used instead, which is exact inside each chunk and reads less. So are the chunk form's
+kernels where a state is too wide for one program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_ops import launch
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64, scale_of
+from fla_ops.common.gpu.chunk_index import sequence_bounds
+from fla_ops.common.gpu.gates import block_decay, gate
+from fla_ops.common.gpu.heads import group_sum, per_value_head
+from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
+
+from .. import checks
+from . import chunk
+
+
+@triton.jit(do_not_specialize=["T"])
+def fused_chunk_kernel(
+    q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
+    initial, o, final,                      # [N, H, K, V] or TRANSPOSED [N, H, V, K], [B, T, H, V], as initial
+    cu_seqlens,                             # [N + 1]
+    read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):
+    n, head, block = split_program((V + BV - 1) // BV, H)
+    value = block * BV
+    start, length = sequence_bounds(n, cu_seqlens, T)
+    q += head // (H // HQ) * K
+    k += head // (H // HK) * K
+    v += head // (H // HV) * V
+
+    state = tl.zeros([BK, BV], tl.float32)
+    at, inside = state_tile(n * H + head, 0, value, K, V, BK, BV, TRANSPOSED)
+    if initial is not None:
+        state += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
+    chunks = tl.cdiv(length, BT)
+    for c in range(chunks):
+        i = chunks - 1 - c if REVERSE else c
+        first, steps = start + i * BT, length - i * BT
+        keys = load_rows(k, first, steps, 0, HK, K, BT, BK)
+        values = load_rows(v, first, steps, value, HV, V, BT, BV)
+        if o is not None:
+            queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
+            out = dot(queries, nearest(state, queries.dtype), PRECISION)
+            scores = dot(queries, tl.trans(keys), PRECISION)
+        decay, enter, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
+        written = nearest(values * (leave * write_scale)[:, None], values.dtype)
+        state = state * total + dot(tl.trans(keys), written, PRECISION)
+        if o is not None:
+            scores = nearest(scores * (decay * write_scale), values.dtype)
+            out = out * enter[:, None] + dot(scores, values, PRECISION)
+            store_rows(o + head * V, out * read_scale, first, steps, value, H, V, BT, BV)
+    if final is not None:
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
+
+
+def walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor | None, str],
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    initial: Tensor | None = None,
+    o: Tensor | None = None,
+    final: Tensor | None = None,
+    transposed: bool = False,
+    read_scale: float = 1.0,
+    write_scale: float = 1.0,
+    reverse: bool = False,
+) -> None:
+    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K]."""
+    batch, time, _, key_width = k.shape
+    heads, value_width = v.shape[2:]
+    heads = max(heads, k.shape[2])
+    entry = launch.entry("fused_chunk", q, key_width, value_width)
+    value_block = launch.block(entry["BV"], value_width)
+    launch.run(
+        fused_chunk_kernel,
+        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
+        q, k, v, decay[0], initial, o, final, cu_seqlens, read_scale, write_scale, time,
+        H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
+        BT=min(chunk_size, entry["BT"]), BK=launch.block(entry["key_width"], key_width), BV=value_block,
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=transposed,
+        **launch.options(entry),
+    )
+
+
+def forward(
+    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
+):
+    """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
+    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
+    refuse_float64(q)
+    if not launch.covers("fused_chunk", q, q.shape[3]):
+        return chunk.forward(
+            q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+            chunk_size,
+        )
+    check_offsets(cu_seqlens, q.shape[1])
+    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
+    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    walk(
+        q, k, v, gate(g, g_gamma), cu_seqlens, chunk_size,
+        initial=initial_state, o=o, final=final, transposed=state_v_first, read_scale=scale_of(q, scale),
+    )
+    return o, final
+
+
+def backward(
+    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
+):
+    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
+    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+    if need_g or need_gamma or not launch.covers("fused_chunk", q, max(q.shape[3], v.shape[3])):
+        return chunk.backward(
+            q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size,
+            output_mask,
+        )
+    q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
+        q, k, v, do, initial_state, dfinal_state, cu_seqlens
+    )
+    heads, scale, sequences = v.shape[2], scale_of(q, scale), (gate(g, g_gamma), cu_seqlens, chunk_size)
+    dq, dk = (per_value_head(q, heads) if need else None for need in (need_q, need_k))
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
+    dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
+    if need_q:
+        walk(do, v, k, *sequences, initial=initial_state, o=dq, transposed=not state_v_first, read_scale=scale)
+    past = {"initial": dfinal_state, "write_scale": scale, "reverse": True}
+    if need_v or need_state:
+        walk(k, q, do, *sequences, o=dv, final=dstate, transposed=state_v_first, **past)
+    if need_k:
+        walk(v, do, q, *sequences, o=dk, transposed=not state_v_first, **past)
+    return (
+        group_sum(dq, q) if need_q else None,
+        group_sum(dk, k) if need_k else None,
+        dv,
+        None,
+        None,
+        dstate,
+    )

@@ -1,0 +1,215 @@
+"""The recurrent form: one program steps through a sequence and holds the whole [K, BV] state, in float32.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = scale S_t^T q_t
+
+With reverse=True time runs backwards. The gradients of q, k and v are the same walk with the roles exchanged: dq is
+the walk of (do, v, k) in the same direction; dv is that of (k, q, do) and dk that of (v, do, q) in the other, with the
+gradient of the state as the state. That one decays on leaving a step, not on entering it:
+
+    dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T
+
+For the gates' gradient the walk for dq keeps the state at the end of every BT steps, and the walk for dk takes its
+product with the gradient that arrives there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_ops import launch
+from fla_ops.common.gpu import chunk_index
+from fla_ops.common.gpu.arguments import (
+    WIDEST,
+    check_offsets,
+    contiguous,
+    final_state,
+    refuse_float64,
+    refuse_width,
+    scale_of,
+)
+from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
+from fla_ops.common.gpu.gates import gate
+from fla_ops.common.gpu.heads import group_sum, per_value_head
+from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
+
+from .. import checks
+from .gate_gradient import gate_gradient
+
+
+@triton.jit
+def at_edge(step, length, BT: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Whether the operator, maybe BACKWARDS in time, leaves a chunk with this step; its gradient enters there."""
+    return step % BT == 0 if BACKWARDS else (step % BT == BT - 1) | (step == length - 1)
+
+
+@triton.jit(do_not_specialize=["T"])
+def fused_recurrent_kernel(
+    q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
+    initial, o, final,                      # [N, H, K, V] or TRANSPOSED [N, H, V, K], [B, T, H, V], as initial
+    kept, products,                         # [rows, H, K, V], [rows, H, value blocks]; kept is written without products
+    cu_seqlens, chunk_ends,                 # [N + 1], [N]
+    read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, DECAY_LAST: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+):
+    n, head, block = split_program((V + BV - 1) // BV, H)
+    start, length = sequence_bounds(n, cu_seqlens, T)
+    row = first_row(n, chunk_ends, T, BT)
+    key, value = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    in_key, in_value = key < K, value < V
+    q += head // (H // HQ) * K + key
+    k += head // (H // HK) * K + key
+    v += head // (H // HV) * V + value
+
+    state = tl.zeros([BK, BV], tl.float32)
+    at, inside = state_tile(n * H + head, 0, block * BV, K, V, BK, BV, TRANSPOSED)
+    if initial is not None:
+        state += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
+    decay = 1.0
+    if DECAY == "head":
+        decay = tl.exp(tl.load(g + head).to(tl.float32))
+    for i in range(length):
+        step = length - 1 - i if REVERSE else i
+        t = start + step
+        if products is not None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
+            if edge:
+                chunk = (row + step // BT) * H + head
+                at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
+                product = tl.sum(tl.sum(state * tl.load(kept + at_kept, mask=there, other=0.0), 1), 0)
+                tl.store(products + chunk * ((V + BV - 1) // BV) + block, product)
+        if DECAY == "step":
+            decay = tl.exp(tl.load(g + t * H + head).to(tl.float32))
+        keys = tl.load(k + t * (HK * K), mask=in_key, other=0.0).to(tl.float32) * write_scale
+        values = tl.load(v + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
+        if not DECAY_LAST:
+            state *= decay
+        state += keys[:, None] * values[None, :]
+        if o is not None:
+            queries = tl.load(q + t * (HQ * K), mask=in_key, other=0.0).to(tl.float32) * read_scale
+            out = tl.sum(state * queries[:, None], 0)
+            tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
+        if kept is not None and products is None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
+            if edge:
+                at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
+                tl.store(kept + at_kept, state, mask=there)
+        if DECAY_LAST:
+            state *= decay
+    if final is not None:
+        tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
+
+
+def walk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor | None, str],
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    initial: Tensor | None = None,
+    o: Tensor | None = None,
+    final: Tensor | None = None,
+    transposed: bool = False,
+    read_scale: float = 1.0,
+    write_scale: float = 1.0,
+    decay_last: bool = False,
+    index: ChunkIndex | None = None,
+    kept: Tensor | None = None,
+    products: Tensor | None = None,
+) -> None:
+    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K].
+
+    kept [rows, H, K, V] receives the state at the end of each of the index's chunks, or, with products
+    [rows, H, value blocks], holds what to multiply with there.
+    """
+    batch, time, _, key_width = k.shape
+    value_width = v.shape[3]
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    entry = launch.entry("fused_recurrent", q, key_width, value_width)
+    value_block = _value_block(q, key_width, value_width)
+    launch.run(
+        fused_recurrent_kernel,
+        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
+        q, k, v, decay[0], initial, o, final, kept, products,
+        cu_seqlens, None if index is None else index.ends, read_scale, write_scale, time,
+        H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
+        BT=64 if index is None else index.size, BK=launch.block(WIDEST, key_width), BV=value_block,
+        DECAY=decay[1], DECAY_LAST=decay_last, REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
+    )
+
+
+def _value_block(q: Tensor, key_width: int, value_width: int) -> int:
+    entry = launch.entry("fused_recurrent", q, key_width, value_width)
+    return min(entry["BV"], triton.next_power_of_2(value_width))
+
+
+def forward(
+    q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
+):
+    """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
+    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    refuse_float64(q)
+    refuse_width("K", q.shape[3])
+    check_offsets(cu_seqlens, q.shape[1])
+    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
+    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    walk(
+        q, k, v, gate(g, g_gamma), cu_seqlens, reverse,
+        initial=initial_state, o=o, final=final, transposed=state_v_first, read_scale=scale_of(q, scale),
+    )
+    return o, final
+
+
+def backward(
+    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
+):
+    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
+    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+    need_gate = need_g or need_gamma
+    refuse_width("V", v.shape[3])
+    q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
+        q, k, v, do, initial_state, dfinal_state, cu_seqlens
+    )
+    heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
+    dq = dk = dg = None
+    keep: dict[str, Any] = {}
+    if need_gate:
+        # Inside a chunk rounding adds up, and a gate that all steps share sums it once more.
+        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 16 if need_gamma else 64)
+        kept = torch.empty(index.rows, heads, v.shape[3], q.shape[3], dtype=torch.float32, device=v.device)
+        parts = triton.cdiv(q.shape[3], _value_block(q, v.shape[3], q.shape[3]))
+        products = torch.empty(index.rows, heads, parts, dtype=torch.float32, device=v.device)
+        keep = {"index": index, "kept": kept}
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
+    dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
+    if need_q or need_gate:
+        dq = per_value_head(q, heads, exact=need_gate)
+        past = {"initial": initial_state, "transposed": not state_v_first, "read_scale": scale}
+        walk(do, v, k, decay, cu_seqlens, reverse, o=dq, **past, **keep)
+    past = {"initial": dfinal_state, "write_scale": scale, "decay_last": True}
+    if need_v or need_state:
+        walk(k, q, do, decay, cu_seqlens, not reverse, o=dv, final=dstate, transposed=state_v_first, **past)
+    if need_gate:
+        keep["products"] = products
+    if need_k or need_gate:
+        dk = per_value_head(q, heads, exact=need_gate)
+        walk(v, do, q, decay, cu_seqlens, not reverse, o=dk, transposed=not state_v_first, **past, **keep)
+    if need_gate:
+        dtype = g.dtype if need_g else torch.float32
+        dg = gate_gradient(q, k, dq, dk, decay, index, products, cu_seqlens, reverse, dtype)
+    return (
+        group_sum(dq, q) if need_q else None,
+        group_sum(dk, k) if need_k else None,
+        dv,
+        dg if need_g else None,
+        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dstate,
+    )

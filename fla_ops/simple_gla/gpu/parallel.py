@@ -1,0 +1,191 @@
+"""The quadratic form: one program per block of rows walks the blocks of columns away from the diagonal.
+
+    o_i = sum_{j <= i} A_ij v_j,    A_ij = scale exp(g_{j+1} + ... + g_i) q_i . k_j
+
+Off the diagonal the exponent is a sum of three, with no difference: from the start of i's block to step i, between the
+blocks, from step j to the end of its block. The gradients are the same kernel with the roles exchanged, REVERSE where
+the columns lie after the rows:
+
+    dq: (do, v, k),  dk: (v, do, q) in reverse,  dv: (k, q, do) in reverse;  the first two add dA to do . v.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fla_ops import launch
+from fla_ops.common.gpu import chunk_index
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
+from fla_ops.common.gpu.gates import causal, exponents, gate, load_log_decay, running_sums, within
+from fla_ops.common.gpu.heads import group_sum, per_value_head
+from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
+
+from .. import checks
+from .gate_gradient import gate_gradient
+
+
+@triton.jit
+def attention_tile(
+    row, column, row_steps, column_steps,   # first step of the rows and of the columns (int64), how many there are
+    T, BT: tl.constexpr, SWAPPED: tl.constexpr,
+):
+    """Offsets and mask of a [BT, BT] tile of a [T, T] matrix, which is SWAPPED when its columns are the rows' steps."""
+    i, j = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :]
+    inside = (i < row_steps) & (j < column_steps)
+    return (column + j) * T + row + i if SWAPPED else (row + i) * T + column + j, inside
+
+
+@triton.jit
+def block_product(
+    q, k, v, weights,                       # at this head: [time, HQ, K], [time, HK, K], [time, HV, V]; [BT, BT]
+    attn, dattn, matrix,                    # [*, T, T] x 2, the offset of this head's
+    row, column, row_steps, column_steps, origin, value, T,
+    HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """What a block of columns adds to a block of rows, [BT, BV]."""
+    scores = tl.zeros([BT, BT], tl.float32)
+    for key in range(0, K, BK):
+        queries = load_rows(q, row, row_steps, key, HQ, K, BT, BK)
+        keys = load_rows(k, column, column_steps, key, HK, K, BT, BK)
+        scores += dot(queries, tl.trans(keys), PRECISION)
+    at, inside = attention_tile(row - origin, column - origin, row_steps, column_steps, T, BT, REVERSE)
+    if dattn is not None:
+        scores += tl.load(dattn + matrix + at, mask=inside, other=0.0).to(tl.float32)
+    scores *= weights
+    if attn is not None:
+        tl.store(attn + matrix + at, nearest(scores, attn.dtype.element_ty), mask=inside & (value == 0))
+    values = load_rows(v, column, column_steps, value, HV, V, BT, BV)
+    return dot(nearest(scores, values.dtype), values, PRECISION)
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def parallel_kernel(
+    q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
+    o, attn, dattn,                         # [B, T, H, V], [B, H, T, T] x 2
+    cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
+    scale, T, N,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+):
+    row, head, block = split_program((V + BV - 1) // BV, H)
+    start, length, i = locate_chunk(row, cu_seqlens, chunk_sequence, chunk_ends, T, N, BT)
+    first, steps = start + i * BT, length - i * BT
+    if steps <= 0:
+        return
+    q += head // (H // HQ) * K
+    k += head // (H // HK) * K
+    v += head // (H // HV) * V
+    # Packed sequences share one matrix per head, a batch has one matrix per sequence and head.
+    batch = start // T if cu_seqlens is None else 0
+    origin = batch * T
+    matrix = (batch * H + head.to(tl.int64)) * T * T
+
+    if DECAY != "none":
+        sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
+        enter, leave, total = exponents(sums, count, BT, REVERSE)
+        weights = within(sums, count, BT, REVERSE) * scale
+    else:
+        weights = tl.where(causal(BT, REVERSE), scale, 0.0)
+    out = block_product(
+        q, k, v, weights, attn, dattn, matrix, first, first, steps, steps, origin, block * BV, T,
+        HQ, HK, HV, K, V, BT, BK, BV, PRECISION, REVERSE,
+    )
+    between = 0.0
+    for away in range(1, tl.cdiv(length, BT) - i if REVERSE else i + 1):
+        j = i + away if REVERSE else i - away
+        column, column_steps = start + j * BT, length - j * BT
+        if DECAY != "none":
+            sums, count = running_sums(load_log_decay(g, column, column_steps, head, H, BT, DECAY))
+            _, leave, total = exponents(sums, count, BT, REVERSE)
+            weights = tl.exp2(enter[:, None] + (leave + between)[None, :]) * scale
+            between += total
+        else:
+            weights = tl.full([BT, BT], 1.0, tl.float32) * scale
+        out += block_product(
+            q, k, v, weights, attn, dattn, matrix, first, column, steps, column_steps, origin, block * BV, T,
+            HQ, HK, HV, K, V, BT, BK, BV, PRECISION, REVERSE,
+        )
+    store_rows(o + head * V, out, first, steps, block * BV, H, V, BT, BV)
+
+
+def product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: tuple[Tensor | None, str],
+    index: ChunkIndex,
+    cu_seqlens: Tensor | None,
+    o: Tensor,
+    scale: float,
+    attn: Tensor | None = None,
+    dattn: Tensor | None = None,
+    reverse: bool = False,
+) -> None:
+    """Fill o [B, T, H, V], and the visible part of attn where given, from q, k, v in their roles."""
+    key_width, heads, value_width = k.shape[3], o.shape[2], v.shape[3]
+    entry = launch.entry("parallel", q, key_width, value_width)
+    value_block = launch.block(entry["BV"], value_width)
+    launch.run(
+        parallel_kernel,
+        index.rows * heads * triton.cdiv(value_width, value_block),
+        q, k, v, decay[0], o, attn, dattn, cu_seqlens, index.sequence, index.ends,
+        scale, q.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
+        BT=index.size, BK=launch.block(entry["BK"], key_width), BV=value_block,
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, **launch.options(entry),
+    )
+
+
+def _index(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> ChunkIndex:
+    """Blocks of the entry's size; both roles of k and v take the same blocks."""
+    width = max(k.shape[3], v.shape[3])
+    size = launch.entry("parallel", q, width, width)["BT"]
+    return chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, size)
+
+
+def forward(q, k, v, g, g_gamma, scale, output_attentions, cu_seqlens, cu_seqlens_cpu):
+    """o [B, T, H, V] and attn [B, H, T, T] or None, both in v's dtype."""
+    checks.launch(q, k, v, g, g_gamma, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
+    refuse_float64(q)
+    check_offsets(cu_seqlens, q.shape[1])
+    q, k, v, cu_seqlens = contiguous(q, k, v, cu_seqlens)
+    batch, time, heads, _ = v.shape
+    attn = torch.zeros((batch, heads, time, time), dtype=v.dtype, device=v.device) if output_attentions else None
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    product(q, k, v, gate(g, g_gamma), _index(q, k, v, cu_seqlens), cu_seqlens, o, scale_of(q, scale), attn)
+    return o, attn
+
+
+def backward(q, k, v, g, g_gamma, cu_seqlens, do, dattn, scale, output_mask):
+    """The gradients that output_mask asks for (q, k, v, g, g_gamma), each in its input's dtype."""
+    need_q, need_k, need_v, need_g, need_gamma = output_mask
+    need_gate = need_g or need_gamma
+    q, k, v, do, dattn, cu_seqlens = contiguous(q, k, v, do, dattn, cu_seqlens)
+    heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
+    index = _index(q, k, v, cu_seqlens)
+    dq = dk = dv = dg = None
+    if need_q or need_gate:
+        dq = per_value_head(q, heads, exact=need_gate)
+        product(do, v, k, decay, index, cu_seqlens, dq, scale, dattn=dattn)
+    if need_k or need_gate:
+        dk = per_value_head(q, heads, exact=need_gate)
+        product(v, do, q, decay, index, cu_seqlens, dk, scale, dattn=dattn, reverse=True)
+    if need_v:
+        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
+    if need_gate:
+        dtype = g.dtype if need_g else torch.float32
+        dg = gate_gradient(q, k, dq, dk, decay, index, None, cu_seqlens, False, dtype)
+    return (
+        group_sum(dq, q) if need_q else None,
+        group_sum(dk, k) if need_k else None,
+        dv,
+        dg if need_g else None,
+        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+    )
