@@ -8,7 +8,7 @@ when a size is unbacked). A launcher first asks a plain predicate and comes here
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,83 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
+COUNTED = ("H", "HK", "HQ", "K", "V", "M")  # of which there is at least one
+ACCEPTED = 4096  # calls that `once` remembers
 
 Size = Any  # int or torch.SymInt
+
+
+class Sizes(dict[str, Size]):
+    """The size of each axis letter of a call."""
+
+    def of(self, axes: str) -> tuple[Size, ...]:
+        """The shape that axis letters describe, as in "B T H V"."""
+        return tuple(1 if letter == "1" else self[letter] for letter in letters_of(axes))
+
+
+def letters_of(axes: str) -> list[str]:
+    """The letters of "N H V K (state_v_first=True)", whose note is for the message."""
+    return axes.partition(" (")[0].split()
+
+
+def pattern_of(axes: str) -> str:
+    """Axis letters as a message shows them, "[N, H, V, K] (state_v_first=True)"."""
+    _, note, text = axes.partition(" (")
+    return f"[{', '.join(letters_of(axes))}]{note}{text}"
+
+
+def axes(c: Any) -> Sizes:
+    """Hold every tensor of a call to its axes, and return what each letter stands for.
+
+    `c.axes` names the axes of each tensor. A letter is bound by the first tensor that has it, in the order of that table;
+    the others must agree. Widths and numbers of heads are at least 1.
+    """
+    sizes = Sizes()
+    for name, wanted in c.axes.items():
+        if name == "cu_seqlens":
+            sizes["N"] = packing(c, sizes["B"])
+            continue
+        x = getattr(c, name, None)
+        if x is None or name == "cu_seqlens_cpu":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        letters = letters_of(wanted)
+        pattern = pattern_of(wanted)
+        torch._check_value(x.dim() == len(letters), lambda: f"{name} must be {pattern}, got {_sizes(x)}")
+        for letter, size in zip(letters, x.shape, strict=True):
+            if letter not in sizes and letter in COUNTED:
+                torch._check_value(size >= 1, lambda: f"{name} must have {letter} >= 1, got {letter} = {size}")
+            sizes.setdefault(letter, 1 if letter == "1" else size)
+        shape(name, x, pattern, sizes.of(wanted))
+    return sizes
+
+
+def packing(c: Any, batch: Size) -> Size:
+    """The number of sequences; the offsets of packed ones are checked as far as they can be without reading them."""
+    offsets, on_host = c.cu_seqlens, getattr(c, "cu_seqlens_cpu", None)
+    torch._check_value(offsets is not None or on_host is None, lambda: "cu_seqlens_cpu was given without cu_seqlens")
+    if offsets is None:
+        return batch
+    cu_seqlens(offsets, batch, on_host)
+    return offsets.shape[0] - 1
+
+
+def once(check: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """The eager fast path of a check: a call like one that was accepted before, in its tensors' shapes, dtypes and
+    devices and in all else, is accepted at once.
+    """
+    accepted: set[tuple[Any, ...]] = set()
+
+    def launch(c: Any) -> None:
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in c])
+        if key not in accepted:
+            check(c)
+            if len(accepted) >= ACCEPTED:
+                accepted.clear()
+            accepted.add(key)
+
+    return launch
 
 
 def shape(name: str, x: Tensor, letters: str, sizes: Sequence[Size]) -> None:
@@ -26,20 +101,8 @@ def shape(name: str, x: Tensor, letters: str, sizes: Sequence[Size]) -> None:
     def message() -> str:
         return f"{name} must be {letters} = ({', '.join(map(str, sizes))}), got {_sizes(x)}"
 
-    torch._check_value(x.dim() == len(sizes), message)
     for got, wanted in zip(x.shape, sizes, strict=True):
         torch._check_value(got == wanted, message)
-
-
-def rank(name: str, x: Tensor, letters: str) -> None:
-    """`x` must have as many dimensions as `letters` names."""
-    wanted = letters.count(",") + 1
-    torch._check_value(x.dim() == wanted, lambda: f"{name} must be {letters}, got {_sizes(x)}")
-
-
-def positive(name: str, size: Size, letter: str) -> None:
-    """A width or head count must be at least 1."""
-    torch._check_value(size >= 1, lambda: f"{name} must have {letter} >= 1, got {letter} = {size}")
 
 
 def multiple(name: str, heads: Size, of: str, base: Size) -> None:
@@ -69,14 +132,29 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
-def same_device(reference: Tensor, **tensors: Tensor | None) -> None:
-    """All tensors lie where the first activation lies."""
-    for name, x in tensors.items():
-        if x is not None:
+def same_device(c: Any) -> None:
+    """All tensors of a call lie where q lies, but for the host's copy of the offsets."""
+    for name, x in zip(c._fields, c, strict=True):
+        if isinstance(x, Tensor) and name != "cu_seqlens_cpu":
             torch._check_value(
-                x.device == reference.device,
-                lambda name=name, x=x: f"{name} must be on {reference.device} like q, got {x.device}",
+                x.device == c.q.device,
+                lambda name=name, x=x: f"{name} must be on {c.q.device} like q, got {x.device}",
             )
+
+
+def pools(c: Any, *names: str) -> None:
+    """What is updated in place: half or single precision (double beside float64 activations), no element twice."""
+    for name in names:
+        x = getattr(c, name)
+        torch._check_type(
+            x.dtype in (FLOATS if c.q.dtype is torch.float64 else FLOATS[1:]),
+            lambda name=name, x=x: f"{name} must be float32, bfloat16 or float16, got {_names([x.dtype])}",
+        )
+    if c.slots is not None:
+        torch._check_type(
+            c.slots.dtype in (torch.int32, torch.int64),
+            lambda: f"slots must be int32 or int64, got {_names([c.slots.dtype])}",
+        )
 
 
 def chunk_size(size: int) -> None:
@@ -146,9 +224,9 @@ def slot_values(slots: Tensor, pool: int) -> list[int]:
     return values
 
 
-def scale_of(q: Tensor, scale: float | None) -> float:
-    """K ** -0.5 unless given."""
-    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States are carried in float32, or in float64 for float64 activations."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _sizes(x: Tensor) -> str:

@@ -38,18 +38,17 @@ def inlining() -> Iterator[None]:
         torch.compiler.config.cache_key_tag = key
 
 
-def register(
-    op: OpOverload, bodies: dict[str, str], resolve: Callable[[str], Callable[..., Any]], library: torch.library.Library
-) -> None:
-    """Register the rule of `op` for the functionalization mode; `bodies` maps a device type to "module:function"."""
+def register(op: OpOverload, bodies: dict[str, Callable[..., Any]], library: torch.library.Library) -> None:
+    """Register the rule of `op` for the functionalization mode; `bodies` maps a device type to a function of the
+    operator's arguments.
+    """
 
     def rule(mode: Any, overload: OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, Tensor))
         exporting = not torch._functorch.config.decompose_custom_triton_ops
         if not _State.active or exporting or device not in bodies:
             return mode.__torch_dispatch__(overload, types, args, kwargs)
-        defaults = [a.default_value for a in overload._schema.arguments]
         with mode:
-            return resolve(bodies[device])(*args, *defaults[len(args) :], **(kwargs or {}))
+            return bodies[device](*args)
 
     torch.library.register_torch_dispatch(op._schema.name, FunctionalTensorMode, rule, lib=library)

@@ -27,7 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+
+from .forms import FAMILY
 
 
 def chunk_simple_gla(
@@ -56,19 +58,9 @@ def chunk_simple_gla(
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.chunk_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
         chunk_size,
-    )
+    )  # fmt: skip
     return o, final_state
 
 
@@ -92,19 +84,9 @@ def fused_chunk_simple_gla(
     Arguments and results are chunk_simple_gla's.
     """
     o, final_state = torch.ops.fla.fused_chunk_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
         chunk_size,
-    )
+    )  # fmt: skip
     return o, final_state
 
 
@@ -133,19 +115,9 @@ def fused_recurrent_simple_gla(
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.fused_recurrent_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        reverse,
-        state_v_first,
-        cu_seqlens,
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens,
         cu_seqlens_cpu,
-    )
+    )  # fmt: skip
     return o, final_state
 
 
@@ -206,6 +178,7 @@ def simple_gla_step_(
     return o
 
 
+@dispatcher(FAMILY)
 def simple_gla(
     q: Tensor,
     k: Tensor,
@@ -237,22 +210,7 @@ def simple_gla(
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
     o, final_state = torch.ops.fla.simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        chunk_size,
-        reverse,
-        mode,
-    )
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        chunk_size, reverse, mode,
+    )  # fmt: skip
     return o, final_state
-
-
-simple_gla.choose = forms.choose  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,9 +113,9 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def offsets(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
-    """Where packed sequences begin and end, checked, in int64; None for a dense batch."""
-    return None if cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(cu_seqlens, q.shape[1]))
+def offsets(c: Any) -> Tensor | None:
+    """Where the packed sequences of a call begin and end, checked, in int64; None for a dense batch."""
+    return None if c.cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(c.cu_seqlens, c.q.shape[1]))
 
 
 def float32(x: Tensor | None) -> Tensor | None:

@@ -9,6 +9,8 @@ DECAY says what `g` is: "step", log decays [B, T, H]; "head", one log decay per 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,12 +20,12 @@ RESET = tl.constexpr(-127.0)
 NEVER = tl.constexpr(float("-inf"))
 
 
-def gate(g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, str]:
-    """The kernels' argument `g` and DECAY."""
-    if g is not None:
-        return g.contiguous(), "step"
-    if g_gamma is not None:
-        return g_gamma.contiguous(), "head"
+def gate(c: Any) -> tuple[Tensor | None, str]:
+    """The kernels' argument `g` and DECAY, from a call."""
+    if c.g is not None:
+        return c.g.contiguous(), "step"
+    if c.g_gamma is not None:
+        return c.g_gamma.contiguous(), "head"
     return None, "none"
 
 

@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from fla_ops import launch
-from fla_ops.common.gpu.arguments import contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.gates import gate
 from fla_ops.common.gpu.tiles import nearest, split_program
 
 from .. import checks
+from ..call import Step
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -56,14 +57,15 @@ def decoding_kernel(
     tl.store(at_o, nearest(out * scale, o.dtype.element_ty), mask=in_value)
 
 
-def step(q, k, v, state, g, g_gamma, scale, slots):
+def step(c: Step):
     """o [N, H, V] in v's dtype; row slots[n] of state [P, H, K, V] is updated for sequence n."""
-    checks.launch_step(q, k, v, state, g, g_gamma, slots)
-    refuse_float64(q)
+    checks.launch_step(c)
+    refuse_float64(c.q)
+    c = contiguous(c, but=("state",))
+    q, v, state = c.q, c.v, c.state
     sequences, key_heads, key_width = q.shape
     heads, value_width = v.shape[1:]
-    q, k, v, slots = contiguous(q, k, v, slots)
-    decay = gate(g, g_gamma)
+    decay = gate(c)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     entry = launch.entry("decoding", q, key_width, value_width)
     key_block, value_block = (
@@ -72,7 +74,7 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     launch.run(
         decoding_kernel,
         sequences * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], state, o, slots, *state.stride(), scale_of(q, scale), state.shape[0],
+        q, c.k, v, decay[0], state, o, c.slots, *state.stride(), c.factor, state.shape[0],
         H=heads, HK=key_heads, K=key_width, V=value_width, BK=key_block, BV=value_block,
         DECAY=decay[1], **launch.options(entry),
     )

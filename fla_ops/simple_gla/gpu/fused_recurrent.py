@@ -30,7 +30,6 @@ from fla_ops.common.gpu.arguments import (
     final_state,
     refuse_float64,
     refuse_width,
-    scale_of,
 )
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
 from fla_ops.common.gpu.gates import gate
@@ -38,6 +37,7 @@ from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
 
 from .. import checks
+from ..call import Call, Need, Outputs
 from .gate_gradient import gate_gradient
 
 
@@ -150,66 +150,60 @@ def _value_block(q: Tensor, key_width: int, value_width: int) -> int:
     return min(entry["BV"], triton.next_power_of_2(value_width))
 
 
-def forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
-):
+def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
-    refuse_float64(q)
-    refuse_width("K", q.shape[3])
-    check_offsets(cu_seqlens, q.shape[1])
-    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
-    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    checks.launch(c)
+    refuse_float64(c.q)
+    refuse_width("K", c.q.shape[3])
+    check_offsets(c)
+    c = contiguous(c)
+    final = final_state(c)
+    o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)
     walk(
-        q, k, v, gate(g, g_gamma), cu_seqlens, reverse,
-        initial=initial_state, o=o, final=final, transposed=state_v_first, read_scale=scale_of(q, scale),
+        c.q, c.k, c.v, gate(c), c.cu_seqlens, c.reverse,
+        initial=c.initial_state, o=o, final=final, transposed=c.state_v_first, read_scale=c.factor,
     )
     return o, final
 
 
-def backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
-):
-    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
-    need_gate = need_g or need_gamma
-    refuse_width("V", v.shape[3])
-    q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
-        q, k, v, do, initial_state, dfinal_state, cu_seqlens
-    )
-    heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
+def backward(c: Call, d: Outputs, need: Need):
+    """The gradients that are needed, each in its input's dtype."""
+    need_gate = need.g or need.g_gamma
+    refuse_width("V", c.v.shape[3])
+    c, d = contiguous(c), contiguous(d)
+    q, k, v, do, initial, cu_seqlens = c.q, c.k, c.v, d.o, c.initial_state, c.cu_seqlens
+    heads, turned, decay = v.shape[2], not c.state_v_first, gate(c)
     dq = dk = dg = None
     keep: dict[str, Any] = {}
     if need_gate:
         # Inside a chunk rounding adds up, and a gate that all steps share sums it once more.
-        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 16 if need_gamma else 64)
+        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 16 if need.g_gamma else 64)
         kept = torch.empty(index.rows, heads, v.shape[3], q.shape[3], dtype=torch.float32, device=v.device)
         parts = triton.cdiv(q.shape[3], _value_block(q, v.shape[3], q.shape[3]))
         products = torch.empty(index.rows, heads, parts, dtype=torch.float32, device=v.device)
         keep = {"index": index, "kept": kept}
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
-    dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
-    if need_q or need_gate:
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
+    dstate = torch.empty(initial.shape, dtype=initial.dtype, device=v.device) if need.initial_state else None
+    if need.q or need_gate:
         dq = per_value_head(q, heads, exact=need_gate)
-        past = {"initial": initial_state, "transposed": not state_v_first, "read_scale": scale}
-        walk(do, v, k, decay, cu_seqlens, reverse, o=dq, **past, **keep)
-    past = {"initial": dfinal_state, "write_scale": scale, "decay_last": True}
-    if need_v or need_state:
-        walk(k, q, do, decay, cu_seqlens, not reverse, o=dv, final=dstate, transposed=state_v_first, **past)
+        past = {"initial": initial, "transposed": turned, "read_scale": c.factor}
+        walk(do, v, k, decay, cu_seqlens, c.reverse, o=dq, **past, **keep)
+    past = {"initial": d.final_state, "write_scale": c.factor, "decay_last": True}
+    if need.v or need.initial_state:
+        walk(k, q, do, decay, cu_seqlens, not c.reverse, o=dv, final=dstate, transposed=c.state_v_first, **past)
     if need_gate:
         keep["products"] = products
-    if need_k or need_gate:
+    if need.k or need_gate:
         dk = per_value_head(q, heads, exact=need_gate)
-        walk(v, do, q, decay, cu_seqlens, not reverse, o=dk, transposed=not state_v_first, **past, **keep)
+        walk(v, do, q, decay, cu_seqlens, not c.reverse, o=dk, transposed=turned, **past, **keep)
     if need_gate:
-        dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, index, products, cu_seqlens, reverse, dtype)
+        dtype = c.g.dtype if need.g else torch.float32
+        dg = gate_gradient(q, k, dq, dk, decay, index, products, cu_seqlens, c.reverse, dtype)
     return (
-        group_sum(dq, q) if need_q else None,
-        group_sum(dk, k) if need_k else None,
+        group_sum(dq, q) if need.q else None,
+        group_sum(dk, k) if need.k else None,
         dv,
-        dg if need_g else None,
-        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dg if need.g else None,
+        dg.sum((0, 1)).to(c.g_gamma.dtype) if need.g_gamma else None,
         dstate,
     )
