@@ -1,4 +1,25 @@
+"""Linear-attention operators for PyTorch, registered as `torch.ops.fla.*`.
+
+Every operator has a fake implementation and a gradient, so a model that calls it traces under
+`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, ATen implementations on a CPU.
+"""
+
 from fla_ops import registrations as registrations  # registers every operator
+from fla_ops.lightning_attn.api import (
+    chunk_lightning_attn,
+    fused_chunk_lightning_attn,
+    fused_recurrent_lightning_attn,
+    lightning_attn,
+    lightning_decay,
+)
+from fla_ops.linear_attn.api import (
+    chunk_linear_attn,
+    fused_chunk_linear_attn,
+    fused_recurrent_linear_attn,
+    linear_attn,
+    linear_attn_step_,
+    normalize_output,
+)
 from fla_ops.registrations._inline import inlining
 from fla_ops.registrations._op import OPERATORS, Operator
 from fla_ops.simple_gla.api import (
@@ -13,5 +34,31 @@ from fla_ops.simple_gla.api import (
 from .dispatch import explain
 
 
-def ops():
+def ops() -> dict[str, Operator]:
+    """Every registered operator by name, with its schema, kind and implementations."""
     return dict(OPERATORS)
+
+
+__all__ = [
+    "Operator",
+    "chunk_lightning_attn",
+    "chunk_linear_attn",
+    "chunk_simple_gla",
+    "explain",
+    "fused_chunk_lightning_attn",
+    "fused_chunk_linear_attn",
+    "fused_chunk_simple_gla",
+    "fused_recurrent_lightning_attn",
+    "fused_recurrent_linear_attn",
+    "fused_recurrent_simple_gla",
+    "inlining",
+    "lightning_attn",
+    "lightning_decay",
+    "linear_attn",
+    "linear_attn_step_",
+    "normalize_output",
+    "ops",
+    "parallel_simple_gla",
+    "simple_gla",
+    "simple_gla_step_",
+]

@@ -1,8 +1,8 @@
 """The arguments of an operator, declared once.
 
 Each family has a NamedTuple, its *call*: every argument of its forms, with types and defaults, and what follows from
-them. A `Signature` picks the fields that one operator takes. Its schema comes from the fields' annotations, and it turns
-the operator's positional arguments into a call and back:
+them. A `Signature` picks the fields that one operator takes. Its schema comes from the fields' annotations, and it
+turns the operator's positional arguments into a call and back:
 
     CHUNK = Signature("chunk_simple_gla", Call, Outputs, without=("reverse", "mode"))
     CHUNK.schema                        "chunk_simple_gla(Tensor q, Tensor k, ...) -> (Tensor o, Tensor? final_state)"

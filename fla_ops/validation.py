@@ -17,6 +17,7 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 COUNTED = ("H", "HK", "HQ", "K", "V", "M")  # of which there is at least one
+PLAIN = (Tensor, torch.nn.Parameter)
 ACCEPTED = 4096  # calls that `once` remembers
 
 Size = Any  # int or torch.SymInt
@@ -27,7 +28,7 @@ class Sizes(dict[str, Size]):
 
     def of(self, axes: str) -> tuple[Size, ...]:
         """The shape that axis letters describe, as in "B T H V"."""
-        return tuple(1 if letter == "1" else self[letter] for letter in letters_of(axes))
+        return tuple(self[letter] for letter in letters_of(axes))
 
 
 def letters_of(axes: str) -> list[str]:
@@ -41,31 +42,47 @@ def pattern_of(axes: str) -> str:
     return f"[{', '.join(letters_of(axes))}]{note}{text}"
 
 
-def axes(c: Any) -> Sizes:
+def axes(c: Any, grouped: tuple[str, str, str, str]) -> Sizes:
     """Hold every tensor of a call to its axes, and return what each letter stands for.
 
-    `c.axes` names the axes of each tensor. A letter is bound by the first tensor that has it, in the order of that table;
-    the others must agree. Widths and numbers of heads are at least 1.
+    `c.axes` names the axes of each tensor. A letter is bound by the first tensor that has it, in the order of that
+    table; the others must agree. Widths and numbers of heads are at least 1. `grouped` says whose heads share those of
+    others, as in ("v", "H", "q and k", "HK"): H is a multiple of HK.
     """
-    sizes = Sizes()
-    for name, wanted in c.axes.items():
+    sizes = Sizes({"1": 1})
+    tensor, heads, shared, base = grouped
+    for name, letters in c.axes.items():
+        x = getattr(c, name, None)
         if name == "cu_seqlens":
             sizes["N"] = packing(c, sizes["B"])
-            continue
-        x = getattr(c, name, None)
-        if x is None or name == "cu_seqlens_cpu":
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        letters = letters_of(wanted)
-        pattern = pattern_of(wanted)
-        torch._check_value(x.dim() == len(letters), lambda: f"{name} must be {pattern}, got {_sizes(x)}")
-        for letter, size in zip(letters, x.shape, strict=True):
-            if letter not in sizes and letter in COUNTED:
-                torch._check_value(size >= 1, lambda: f"{name} must have {letter} >= 1, got {letter} = {size}")
-            sizes.setdefault(letter, 1 if letter == "1" else size)
-        shape(name, x, pattern, sizes.of(wanted))
+        elif x is not None and name != "cu_seqlens_cpu":
+            known = heads in sizes and base in sizes
+            bind(name, x, letters, sizes)
+            if not known and heads in sizes and base in sizes:
+                multiple(tensor, sizes[heads], shared, sizes[base])
     return sizes
+
+
+def bind(name: str, x: Tensor, axes: str, sizes: Sizes) -> None:
+    """Hold one tensor to its axes; letters that are new take its sizes."""
+    letters = letters_of(axes)
+
+    def message() -> str:
+        sized = f" = ({', '.join(str(sizes[x]) for x in letters)})" if all(x in sizes for x in letters) else ""
+        return f"{name} must be {pattern_of(axes)}{sized}, got {_sizes(x)}"
+
+    torch._check_value(x.dim() == len(letters), message)
+    for letter, size in zip(letters, x.shape, strict=True):
+        if letter not in sizes and letter in COUNTED:
+            positive(name, size, letter)
+        sizes.setdefault(letter, size)
+    for letter, size in zip(letters, x.shape, strict=True):
+        torch._check_value(size == sizes[letter], message)
+
+
+def positive(name: str, size: Size, letter: str) -> None:
+    """A width or head count must be at least 1."""
+    torch._check_value(size >= 1, lambda: f"{name} must have {letter} >= 1, got {letter} = {size}")
 
 
 def packing(c: Any, batch: Size) -> Size:
@@ -78,31 +95,30 @@ def packing(c: Any, batch: Size) -> Size:
     return offsets.shape[0] - 1
 
 
-def once(check: Callable[[Any], Any]) -> Callable[[Any], None]:
+def once(check: Callable[[Any], Any], pools: tuple[str, ...] = ()) -> Callable[[Any], None]:
     """The eager fast path of a check: a call like one that was accepted before, in its tensors' shapes, dtypes and
-    devices and in all else, is accepted at once.
+    devices and in all else, is accepted at once. Pools, which are updated in place, may not share memory.
     """
     accepted: set[tuple[Any, ...]] = set()
 
     def launch(c: Any) -> None:
+        if any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in c):
+            check(c)  # sizes may be symbolic, and there is no memory
+            return
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in c])
+        if pools:
+            key += tuple([getattr(c, name).stride() for name in pools])
         if key not in accepted:
             check(c)
+            for name in pools:
+                overlap(name, getattr(c, name))
             if len(accepted) >= ACCEPTED:
                 accepted.clear()
             accepted.add(key)
+        if len(pools) > 1:
+            apart(c, pools)
 
     return launch
-
-
-def shape(name: str, x: Tensor, letters: str, sizes: Sequence[Size]) -> None:
-    """`x` must have exactly `sizes`; `letters` names them in the message, as in "[B, T, H]"."""
-
-    def message() -> str:
-        return f"{name} must be {letters} = ({', '.join(map(str, sizes))}), got {_sizes(x)}"
-
-    for got, wanted in zip(x.shape, sizes, strict=True):
-        torch._check_value(got == wanted, message)
 
 
 def multiple(name: str, heads: Size, of: str, base: Size) -> None:
@@ -143,7 +159,7 @@ def same_device(c: Any) -> None:
 
 
 def pools(c: Any, *names: str) -> None:
-    """What is updated in place: half or single precision (double beside float64 activations), no element twice."""
+    """What a step updates in place, half or single precision (double beside float64 activations), and its rows."""
     for name in names:
         x = getattr(c, name)
         torch._check_type(
@@ -155,6 +171,34 @@ def pools(c: Any, *names: str) -> None:
             c.slots.dtype in (torch.int32, torch.int64),
             lambda: f"slots must be int32 or int64, got {_names([c.slots.dtype])}",
         )
+
+
+def overlap(name: str, x: Tensor) -> None:
+    """No two elements of a tensor that is updated in place lie at one address."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name} is updated in place: no two of its elements may share memory, got shape {_sizes(x)} with "
+                f"strides {x.stride()}; give it a clone"
+            )
+        extent += (size - 1) * stride
+
+
+def apart(c: Any, pools: Sequence[str]) -> None:
+    """Pools that are updated in one call do not share memory; views that interleave are apart."""
+    spans = sorted((x.data_ptr(), _bytes(x), name) for name in pools for x in (getattr(c, name),))
+    for (start, length, name), (after, _, other) in itertools.pairwise(spans):
+        x, y = getattr(c, name), getattr(c, other)
+        if start + length > after and length and (start == after or x.is_contiguous() or y.is_contiguous()):
+            raise ValueError(f"{name} and {other} are updated in place: they may not share memory; give one a clone")
+
+
+def _bytes(x: Tensor) -> int:
+    """From the first byte to the last."""
+    if x.numel() == 0:
+        return 0
+    return x.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def chunk_size(size: int) -> None:

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from fla_ops.signature import Gradient, Signature
 
-from . import _autocast, _flops, _gradient, _inline
+from . import _autocast, _flops, _gradient, _inline, _vmap
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -23,6 +23,8 @@ ACTIVATIONS = ("q", "k", "v", "o")  # what autocast casts: gates, biases and sta
 
 # Triton's own switch: with it set, a kernel runs on host tensors, so the CPU key takes the Triton launchers.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+COMPOSITE: tuple[torch.Tag, ...] = ()
 
 Function = Callable[..., Any]
 
@@ -115,7 +117,7 @@ def register_composite(signature: Signature, function: str) -> None:
     """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
     those.
     """
-    op = _define(signature, signature.schema, ())
+    op = _define(signature, signature.schema, COMPOSITE)
     LIBRARY.impl(signature.name, lambda *args: resolve(function)(signature.call_of(args)), "CompositeImplicitAutograd")
     _record(signature, op, "composite")
 
@@ -123,6 +125,8 @@ def register_composite(signature: Signature, function: str) -> None:
 def _define(declaration: Signature | Gradient, schema: str, tags: Sequence[torch.Tag]) -> OpOverload:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), declaration.name).default
+    if tags is not COMPOSITE:
+        torch.library.register_vmap(op._schema.name, _vmap.rule(op, declaration), lib=LIBRARY)
     return op
 
 

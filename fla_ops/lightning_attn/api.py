@@ -27,7 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+
+from .forms import FAMILY
 
 
 def lightning_decay(
@@ -84,19 +86,9 @@ def chunk_lightning_attn(
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.chunk_lightning_attn(
-        q,
-        k,
-        v,
-        layer_idx,
-        num_layers,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        chunk_size,
-        cu_seqlens_cpu,
-        slopes,
-    )
+        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        cu_seqlens_cpu, slopes,
+    )  # fmt: skip
     return o, final_state
 
 
@@ -120,19 +112,9 @@ def fused_chunk_lightning_attn(
     Arguments and results are chunk_lightning_attn's.
     """
     o, final_state = torch.ops.fla.fused_chunk_lightning_attn(
-        q,
-        k,
-        v,
-        layer_idx,
-        num_layers,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        chunk_size,
-        cu_seqlens_cpu,
-        slopes,
-    )
+        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        cu_seqlens_cpu, slopes,
+    )  # fmt: skip
     return o, final_state
 
 
@@ -161,22 +143,13 @@ def fused_recurrent_lightning_attn(
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.fused_recurrent_lightning_attn(
-        q,
-        k,
-        v,
-        layer_idx,
-        num_layers,
-        scale,
-        initial_state,
-        output_final_state,
-        reverse,
-        cu_seqlens,
-        cu_seqlens_cpu,
+        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, reverse, cu_seqlens, cu_seqlens_cpu,
         slopes,
-    )
+    )  # fmt: skip
     return o, final_state
 
 
+@dispatcher(FAMILY)
 def lightning_attn(
     q: Tensor,
     k: Tensor,
@@ -208,22 +181,7 @@ def lightning_attn(
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
     o, final_state = torch.ops.fla.lightning_attn(
-        q,
-        k,
-        v,
-        layer_idx,
-        num_layers,
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        chunk_size,
-        cu_seqlens_cpu,
-        reverse,
-        slopes,
-        mode,
-    )
+        q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        cu_seqlens_cpu, reverse, slopes, mode,
+    )  # fmt: skip
     return o, final_state
-
-
-lightning_attn.choose = forms.choose  # type: ignore[attr-defined]

@@ -31,9 +31,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+
+from .forms import FAMILY
 
 State = Tensor | tuple[Tensor, Tensor] | None
+
+
+def _parts(initial_state: State) -> tuple[Tensor | None, Tensor | None]:
+    """kv and z. What fits `normalize` is checked by the operator."""
+    if not isinstance(initial_state, (tuple, list)):
+        return initial_state, None
+    if len(initial_state) != 2:
+        raise ValueError(
+            f"initial_state must be kv [N, H, K, V] or a pair (kv, z [N, 1, H, K]), got {len(initial_state)} parts"
+        )
+    return initial_state[0], initial_state[1]
+
+
+def _split_state(initial_state: State = None, **others: Any) -> dict[str, Any]:
+    """The operator's arguments from the public ones."""
+    kv, z = _parts(initial_state)
+    return {**others, "initial_state": kv, "initial_z": z}
+
+
+def _returned(result: Any) -> tuple[Tensor, State]:
+    """The operator's (o, kv, z) as o and the state."""
+    o, kv, z = result
+    return o, kv if z is None else (kv, z)
 
 
 def chunk_linear_attn(
@@ -177,6 +202,7 @@ def linear_attn_step_(
     return o
 
 
+@dispatcher(FAMILY, arguments=_split_state)
 def linear_attn(
     q: Tensor,
     k: Tensor,
@@ -207,23 +233,3 @@ def linear_attn(
     """
     states, packing = (*_parts(initial_state), output_final_state), (cu_seqlens, cu_seqlens_cpu)
     return _returned(torch.ops.fla.linear_attn(q, k, v, scale, *states, normalize, *packing, chunk_size, reverse, mode))
-
-
-linear_attn.choose = forms.choose  # type: ignore[attr-defined]
-
-
-def _parts(initial_state: State) -> tuple[Tensor | None, Tensor | None]:
-    """kv and z. What fits `normalize` is checked by the operator."""
-    if not isinstance(initial_state, (tuple, list)):
-        return initial_state, None
-    if len(initial_state) != 2:
-        raise ValueError(
-            f"initial_state must be kv [N, H, K, V] or a pair (kv, z [N, 1, H, K]), got {len(initial_state)} parts"
-        )
-    return initial_state[0], initial_state[1]
-
-
-def _returned(result: Any) -> tuple[Tensor, State]:
-    """The operator's (o, kv, z) as o and the state."""
-    o, kv, z = result
-    return o, kv if z is None else (kv, z)

@@ -6,11 +6,12 @@ from fla_ops import validation as valid
 
 from .call import Call, Step
 
+GROUPED = ("v", "H", "q and k", "HK")  # each query/key head serves H // HK value heads
+
 
 def inputs(c: Call) -> valid.Sizes:
     """Raise ValueError or TypeError unless the arguments describe one call; sizes may be symbolic."""
-    sizes = valid.axes(c)
-    valid.multiple("v", sizes["H"], "q and k", sizes["HK"])
+    sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
     valid.exclusive(g=c.g, g_gamma=c.g_gamma)
     valid.floating(g=c.g, g_gamma=c.g_gamma, initial_state=c.initial_state)
@@ -21,8 +22,7 @@ def inputs(c: Call) -> valid.Sizes:
 
 def step(c: Step) -> valid.Sizes:
     """The arguments of one decode step; sizes may be symbolic."""
-    sizes = valid.axes(c)
-    valid.multiple("v", sizes["H"], "q and k", sizes["HK"])
+    sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
     valid.exclusive(g=c.g, g_gamma=c.g_gamma)
     valid.floating(g=c.g, g_gamma=c.g_gamma)
@@ -32,4 +32,4 @@ def step(c: Step) -> valid.Sizes:
 
 
 launch = valid.once(inputs)
-launch_step = valid.once(step)
+launch_step = valid.once(step, pools=("state",))

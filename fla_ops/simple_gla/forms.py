@@ -31,7 +31,8 @@ def note_chunk_kernels(c: Any) -> list[str]:
     width = c.q.shape[3]
     if not launch.covers("fused_chunk", c.v, width):
         return [f"K = {width} is too wide for one program to hold the state: the chunk form's kernels run"]
-    gated = wants_gradient(c) and (getattr(c, "g", None) is not None or getattr(c, "g_gamma", None) is not None)
+    gates = [x for name in ("g", "g_gamma") if (x := getattr(c, name, None)) is not None]
+    gated = torch.is_grad_enabled() and any(x.requires_grad for x in gates)
     return ["the gradient with a gate runs the chunk form's kernels"] * gated
 
 
