@@ -24,8 +24,6 @@ ACTIVATIONS = ("q", "k", "v", "o")  # what autocast casts: gates, biases and sta
 # Triton's own switch: with it set, a kernel runs on host tensors, so the CPU key takes the Triton launchers.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-COMPOSITE: tuple[torch.Tag, ...] = ()
-
 Function = Callable[..., Any]
 
 
@@ -83,7 +81,7 @@ def register(
 
     op = _define(signature, signature.schema, tags)
     cast = frozenset(i for i, name in enumerate(signature.fields) if name in ACTIVATIONS)
-    _wire(op, adapt, cpu, cuda, fake, cast, flops, inline)
+    _wire(op, signature, adapt, cpu, cuda, fake, cast, flops, inline)
     LIBRARY.impl(signature.name, _gradient.kernel(op, gradient), "Autograd", with_keyset=True)
     if signature.mutated:
         positions = [signature.fields.index(name) for name in signature.mutated]
@@ -108,7 +106,7 @@ def register_backward(
         return lambda *args: function()(*gradient.parts_of(args))
 
     op = _define(gradient, gradient.schema, tags)
-    _wire(op, adapt, cpu, cuda, _like_inputs, frozenset(), flops, inline)
+    _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), flops, inline)
     LIBRARY.impl(gradient.name, _gradient.refusing_later(op), "Autograd", with_keyset=True)
     _record(gradient, op, "inference", cpu, cuda, tuple(inline or ()))
 
@@ -117,16 +115,15 @@ def register_composite(signature: Signature, function: str) -> None:
     """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
     those.
     """
-    op = _define(signature, signature.schema, COMPOSITE)
-    LIBRARY.impl(signature.name, lambda *args: resolve(function)(signature.call_of(args)), "CompositeImplicitAutograd")
+    op = _define(signature, signature.schema, ())
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+        LIBRARY.impl(signature.name, lambda *args: resolve(function)(signature.call_of(args)), key)
     _record(signature, op, "composite")
 
 
 def _define(declaration: Signature | Gradient, schema: str, tags: Sequence[torch.Tag]) -> OpOverload:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), declaration.name).default
-    if tags is not COMPOSITE:
-        torch.library.register_vmap(op._schema.name, _vmap.rule(op, declaration), lib=LIBRARY)
     return op
 
 
@@ -137,6 +134,7 @@ def _record(declaration: Signature | Gradient, op: OpOverload, kind: Any, *imple
 
 def _wire(
     op: OpOverload,
+    declaration: Signature | Gradient,
     adapt: Callable[[Callable[[], Function]], Function],
     cpu: str,
     cuda: str,
@@ -155,6 +153,9 @@ def _wire(
         LIBRARY.impl(name, _autocast.kernel(op, device, cast), key)
     if flops is not None:
         _flops.register(op._overloadpacket, adapt(lambda: flops))
+    batched = _vmap.rule(op, declaration)
+    torch.library.register_vmap(qualified, batched, lib=LIBRARY)
+    LIBRARY.impl(name, _vmap.legacy_kernel(batched), "Batched")
     if inline and not INTERPRETED:
         bodies = {device: adapt(partial(resolve, path)) for device, path in inline.items()}
         _inline.register(op, bodies, LIBRARY)

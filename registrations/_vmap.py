@@ -1,23 +1,24 @@
 """The batching rule of every operator: a mapped axis becomes more heads.
 
-Every tensor of a call has one axis of heads, and heads do not see each other. So a tensor of H heads that is mapped over
-M is one of M * H heads, and one that is not mapped is repeated. Packed sequences, decays and sinks of a head, states and
-grouped heads need no rule of their own, and the gradient of what the samples share comes apart by sample.
+Every tensor of a call has one axis of heads, and heads do not see each other. So a tensor of H heads that is mapped
+over M is one of M * H heads, and one that is not mapped is repeated. Packed sequences, decays and sinks of a head,
+states and grouped heads need no rule of their own, and the gradient of what the samples share comes apart by sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch._ops import OpOverload
 
 from fla_ops.signature import Gradient, Signature
 from fla_ops.validation import letters_of
 
 HEADS = ("H", "HK", "HQ")
+NOT_MAPPED = 1_000_003  # no batch has this size
 
 
 def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any]:
@@ -58,6 +59,40 @@ def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any
         return outputs, tuple(None if x is None else 0 for x in outputs)
 
     return run
+
+
+def legacy_kernel(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The function to register under the Batched key, for `torch.autograd`'s own batched gradients.
+
+    They arrive through an older vmap, of `torch.autograd.grad(..., is_grads_batched=True)`, whose tensors know their
+    levels and sizes but do not tell: a level that a tensor does not have shows as an axis of the size asked for.
+    """
+
+    def run(*args: Any) -> Any:
+        level = _C._vmapmode_increment_nesting() - 1
+        _C._vmapmode_decrement_nesting()
+        while True:
+            apart = [torch._remove_batch_dim(x, level, NOT_MAPPED, 0) if _is_batched(x) else None for x in args]
+            sizes = {len(x) for x in apart if x is not None} - {NOT_MAPPED}
+            if sizes:
+                break
+            level -= 1
+        mapped = [x is not None and len(x) != NOT_MAPPED for x in apart]
+        inputs = [x if on else y for x, y, on in zip(apart, args, mapped, strict=True)]
+        outputs, dims = rule(_Info(sizes.pop()), [0 if on else None for on in mapped], *inputs)
+        if isinstance(outputs, Tensor):
+            return torch._add_batch_dim(outputs, dims, level)
+        return tuple(None if x is None else torch._add_batch_dim(x, 0, level) for x in outputs)
+
+    return run
+
+
+class _Info(NamedTuple):
+    batch_size: int
+
+
+def _is_batched(x: Any) -> bool:
+    return isinstance(x, Tensor) and _C._functorch.is_legacy_batchedtensor(x)
 
 
 def axes_of(axes: Mapping[str, str]) -> dict[str, list[str]]:
