@@ -114,7 +114,7 @@ class Run:
         self.progress = report.Progress(count)
 
     def out_of_time(self) -> bool:
-        """Whether the limit has passed; what is not begun for that reason is counted."""
+        """Whether the limit has passed; the run counts what it therefore does not begin."""
         over = self.options.limit is not None and time.perf_counter() - self.started > self.options.limit
         self.skipped += over
         return over

@@ -93,7 +93,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Family:
-    """How to call the operators of one family, or one operator that belongs to none, and how to count their work."""
+    """Says how to call the operators of a family, or one operator that belongs to none, and how to count their work."""
 
     draw: Callable[[Draw, Sizes, bool], Inputs]
     trained: tuple[str, ...]

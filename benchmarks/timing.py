@@ -1,4 +1,4 @@
-"""Timing several implementations alternately in one loop, so that whatever else the machine does slows all of them."""
+"""Time implementations alternately in one loop, so that whatever else the machine does slows all of them."""
 
 from __future__ import annotations
 

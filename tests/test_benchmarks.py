@@ -52,6 +52,12 @@ def test_nothing_matches(capsys: pytest.CaptureFixture) -> None:
     assert "--list" in capsys.readouterr().err
 
 
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--sections", "rows,row", "--device", "cpu"])
+    assert "wanted some of rows,details,overhead,first-call,sweep, got row" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture) -> None:
     assert kernels.main([]) == 1

@@ -111,7 +111,7 @@ def watching() -> Iterator[tuple[list[tuple[str, Entry]], list[Any]]]:
 
 
 def spills(compiled: Sequence[Any]) -> bool:
-    """Whether any of the kernels has too few registers."""
+    """Whether any of the kernels spills registers."""
     return any(getattr(kernel, "n_spills", 0) for kernel in compiled)
 
 
