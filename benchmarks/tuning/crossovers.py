@@ -1,8 +1,9 @@
-"""Where one form overtakes another: `python -m benchmarks.crossovers` times every form over a grid of sizes.
+"""Find the sizes from which one form is faster than another: `python -m benchmarks.tuning.crossovers`.
 
-It fits the thresholds of `fla_ops/launch/crossovers.json` for the device at hand, rewrites that device's part of the
-table with its source, and keeps the grid in `benchmarks/results/crossovers_<device>.json`. `--fit` only fits the table
-again to a grid that was measured before; `--check` only says how far the choices are from the best.
+It times every form over a grid of sizes on the device at hand, and keeps the grid in
+`benchmarks/results/crossovers_<device>.json`. To the grid it fits that device's thresholds in
+`fla_ops/dispatch/crossovers.json`. `--fit` only fits the thresholds again to the grid that was kept; `--check` only
+says how far the choices are from the best.
 """
 
 from __future__ import annotations
@@ -21,19 +22,18 @@ from unittest import mock
 import torch
 
 import fla_ops
-from fla_ops.dispatch import Request, select
-from fla_ops.dispatch import crossovers as launch
+from fla_ops.dispatch import Request, crossovers, select
 
-from . import machine, table
-from .contenders import contender
-from .problems import FORWARD, TRAINING, Problem
-from .timing import measure
+from .. import machine
+from ..comparison import implementation, input_sets
+from ..problems import FORWARD, TRAINING, Problem, dtype_name
+from ..report import RESULTS, Progress, milliseconds, sizes, text_table
+from ..timing import measure
 
-RESULTS = machine.ROOT / "benchmarks" / "results"
 ALLOWED = 1.15  # how much slower than the best form a choice may be
-AGAIN = 3  # how often points that are farther off are timed once more, and longer: most of that is noise
-HOPELESS = 6.0  # from PATIENCE steps on, a form this much slower than the best is not timed at greater lengths
-PATIENCE = 64
+AGAIN = 3  # how often points with a slower choice are timed once more, and longer, because most of that is noise
+HOPELESS = 6.0  # from HOPELESS_FROM steps on, a form this much slower than the best is not timed at greater lengths
+HOPELESS_FROM = 64
 LENGTHS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096)
 SHAPES: dict[str, dict[str, list[dict[str, int]]]] = {
     "simple_gla": {
@@ -62,21 +62,21 @@ Point = dict[str, Any]  # family, sizes, gradient, dtype, and milliseconds by fo
 
 
 def forms_of(family: str) -> Any:
-    """The module that chooses a family's form."""
+    """Import the module that chooses a family's form."""
     return importlib.import_module(f"fla_ops.{family}.forms")
 
 
 def request(point: Point, state: bool = False) -> Request:
-    """What the dispatcher would see of a point; with a state, forms that have none refuse."""
-    sizes = point["sizes"]
+    """Describe a point to the dispatcher; with a state, forms that have none refuse."""
+    found = point["sizes"]
     return Request(
         family=point["family"],
         device=point["device"],
-        batch=sizes["B"],
-        time=sizes["T"],
-        heads=sizes["H"],
-        key_width=sizes["K"],
-        value_width=sizes["V"],
+        batch=found["B"],
+        time=found["T"],
+        heads=found["H"],
+        key_width=found["K"],
+        value_width=found["V"],
         dtype=getattr(torch, point["dtype"]),
         gradient=point["gradient"],
         state=state,
@@ -90,7 +90,7 @@ def chosen(point: Point, state: bool = False) -> str:
 
 
 def regret(point: Point, state: bool = False) -> float:
-    """How much longer the chosen form takes than the best one; infinite where it was too slow to be timed."""
+    """Divide the time of the chosen form by that of the best; infinite if it was too slow to be timed."""
     wanted = request(point, state)
     able = [form.name for form in forms_of(point["family"]).FORMS if not form.refuse(wanted)]
     times = {name: ms for name, ms in point["ms"].items() if name in able}
@@ -103,7 +103,7 @@ def regrets(points: Sequence[Point]) -> list[float]:
 
 
 def measure_family(family: str, device: torch.device, seconds: float, longest: int) -> Iterator[Point]:
-    """Every form at every size and length; forms that fell far behind are left out further on."""
+    """Time every form at every size and length, without those that were hopelessly slow at a smaller length."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = [form.name for form in forms_of(family).FORMS]
     for shape, gradient in itertools.product(SHAPES[family][device.type], (False, True)):
@@ -112,25 +112,22 @@ def measure_family(family: str, device: torch.device, seconds: float, longest: i
             problem = Problem(family, family, "auto", {**shape, "T": length}, dtype)
             timed = _time_forms(problem, [n for n in names if n in alive], gradient, device, seconds)
             best = min(timed.values())
-            alive = {n for n, ms in timed.items() if n == names[0] or ms < HOPELESS * best or length < PATIENCE}
+            alive = {n for n, ms in timed.items() if n == names[0] or ms < HOPELESS * best or length < HOPELESS_FROM}
             yield {
                 "family": family, "device": device.type, "sizes": problem.sizes, "gradient": gradient,
-                "dtype": str(dtype).removeprefix("torch."), "ms": timed,
+                "dtype": dtype_name(dtype), "ms": timed,
             }  # fmt: skip
 
 
 def _time_forms(
     problem: Problem, names: Sequence[str], gradient: bool, device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """Milliseconds of each form, best of many samples taken in turn."""
-    what = TRAINING if gradient else FORWARD
-    inputs = problem.inputs(device)
-    if gradient:
-        for name in problem.trained:
-            inputs[name].requires_grad_()
+    """Find the milliseconds of each form, the best of many samples taken in turn."""
+    pass_ = TRAINING if gradient else FORWARD
+    inputs = input_sets(problem, pass_, device, rotate=False)[0]
     leaves = [[inputs[name] for name in problem.trained]]
     dispatcher = getattr(fla_ops, problem.family)
-    calls = [contender(n, lambda _, n=n: dispatcher(**inputs, mode=n), leaves, what) for n in names]
+    calls = [implementation(n, lambda _, n=n: dispatcher(**inputs, mode=n), leaves, pass_) for n in names]
     measure(calls, device, seconds)
     return {c.name: float(f"{min(c.samples) * 1e3:.4g}") for c in calls}
 
@@ -143,8 +140,9 @@ def time_again(point: Point, seconds: float) -> None:
 
 
 def fit(points: Sequence[Point], thresholds: Sequence[str]) -> dict[str, int]:
-    """The thresholds with the smallest worst regret, and of those the smallest on average: two at a time are improved
-    until none can be.
+    """Find the thresholds with the smallest worst regret, and of those the ones with the smallest mean.
+
+    Two thresholds at a time are improved, until no pair can be.
     """
     module = forms_of(points[0]["family"])
 
@@ -165,8 +163,8 @@ def fit(points: Sequence[Point], thresholds: Sequence[str]) -> dict[str, int]:
     return best
 
 
-def rewrite(points: Sequence[Point], device: str, source: str, path: Path = launch.TABLE) -> None:
-    """Put fitted thresholds for the points' families and this device into the table."""
+def rewrite(points: Sequence[Point], device: str, source: str, path: Path = crossovers.TABLE) -> None:
+    """Fit thresholds for the points' families on this device, and write them into the table."""
     found = json.loads(path.read_text())
     for family in dict.fromkeys(p["family"] for p in points):
         part = found[family].setdefault(device, dict(found[family]["cuda"]))
@@ -175,11 +173,11 @@ def rewrite(points: Sequence[Point], device: str, source: str, path: Path = laun
             mine = [p for p in points if (p["family"], p["gradient"]) == (family, gradient)]
             part[name] = fit(mine, list(part[name]))
     path.write_text(_as_text(found) + "\n")
-    launch.crossovers.cache_clear()
+    crossovers.crossovers.cache_clear()
 
 
 def _as_text(found: dict[str, Any]) -> str:
-    """JSON with one line for each row of thresholds."""
+    """Write JSON with one line for each row of thresholds."""
     families = []
     for family, devices in found.items():
         parts = []
@@ -191,14 +189,13 @@ def _as_text(found: dict[str, Any]) -> str:
 
 
 def show(points: Sequence[Point]) -> float:
-    """Print each point with its choice, without and with a state; the worst regret."""
+    """Print each point with its choice, without and with a state; return the worst regret."""
     lines = []
     for p in points:
-        times = ", ".join(f"{name} {table.milliseconds(ms)}" for name, ms in p["ms"].items())
-        sizes = " ".join(f"{letter}{size}" for letter, size in p["sizes"].items())
+        times = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in p["ms"].items())
         choices = [f"{chosen(p, state)} {regret(p, state):.2f}" for state in (False, True)]
-        lines.append([p["family"], "training" if p["gradient"] else "forward", sizes, *choices, times])
-    print(table.grid(["family", "pass", "sizes", "auto picks, against best", "with a state", "times"], lines))
+        lines.append([p["family"], TRAINING if p["gradient"] else FORWARD, sizes(p), *choices, times])
+    print(text_table(["family", "pass", "sizes", "auto picks, against best", "with a state", "times"], lines))
     return max(regrets(points))
 
 
@@ -210,44 +207,50 @@ def save(kept: dict[str, Any], path: Path) -> None:
     path.write_text(f'{about},\n "points": [\n{lines}\n ]\n}}\n')
 
 
+def measure_grid(device: torch.device, seconds: float, longest: int, table: Path) -> dict[str, Any]:
+    """Measure the grid of every family; points where the fitted choice is too slow are timed again."""
+    kept = {"machine": machine.describe(device), "source": machine.source(device), "points": []}
+    progress = Progress(sum(2 * len(SHAPES[f][device.type]) for f in SHAPES) * len(LENGTHS))
+    for family in SHAPES:
+        for point in measure_family(family, device, seconds, longest):
+            progress.start(f"{family} {point['sizes']}")
+            kept["points"].append(point)
+    progress.clear()
+    with mock.patch.object(crossovers, "TABLE", table):
+        for _ in range(AGAIN):
+            rewrite(kept["points"], device.type, kept["source"], table)
+            for point in kept["points"]:
+                if max(regret(point), regret(point, True)) > ALLOWED:
+                    time_again(point, 3 * seconds)
+    kept["cores_others_used"] = machine.OTHER_LOAD.cores()
+    return kept
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.crossovers", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each size and length (default 0.4)")
-    parser.add_argument("--longest", type=int, default=LENGTHS[-1], help="leave out greater lengths")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measured grid")
-    parser.add_argument("--table", type=Path, default=launch.TABLE, help="the table to rewrite")
-    parser.add_argument("--fit", action="store_true", help="fit to the grid that was measured before")
-    parser.add_argument("--check", action="store_true", help="measure and write nothing")
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.tuning.crossovers", description=__doc__)
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    add("--seconds", type=float, default=0.4, help="Time each size and length this long; the default is 0.4.")
+    add("--longest", type=int, default=LENGTHS[-1], help="Leave out greater lengths than this.")
+    add("--results", type=Path, default=RESULTS, help="Keep the measured grid in this folder.")
+    add("--table", type=Path, default=crossovers.TABLE, help="Rewrite this table instead of the package's.")
+    add("--fit", action="store_true", help="Fit to the grid that was measured before.")
+    add("--check", action="store_true", help="Check the choices against that grid, and write nothing.")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
     grid = options.results / f"crossovers_{options.device}.json"
     if options.fit or options.check:
         kept = json.loads(grid.read_text())
     else:
-        kept = {"machine": machine.describe(device), "source": machine.source(device), "points": []}
-        progress = table.Progress(sum(2 * len(SHAPES[f][device.type]) for f in SHAPES) * len(LENGTHS))
-        for family in SHAPES:
-            for point in measure_family(family, device, options.seconds, options.longest):
-                progress.start(f"{family} {point['sizes']}")
-                kept["points"].append(point)
-        progress.clear()
-        with mock.patch.object(launch, "TABLE", options.table):
-            for _ in range(AGAIN):
-                rewrite(kept["points"], options.device, kept["source"], options.table)
-                for point in kept["points"]:
-                    if max(regret(point), regret(point, True)) > ALLOWED:
-                        time_again(point, 3 * options.seconds)
-        kept["cores_others_used"] = machine.WATCH.others()
+        kept = measure_grid(torch.device(options.device), options.seconds, options.longest, options.table)
         save(kept, grid)
         if (kept["cores_others_used"] or 0) > machine.BUSY:
             print(f"THE MACHINE WAS NOT QUIET: others used {kept['cores_others_used']:.2f} cores")
     if not options.check:
         rewrite(kept["points"], options.device, kept["source"], options.table)
-    with mock.patch.object(launch, "TABLE", options.table):
+    with mock.patch.object(crossovers, "TABLE", options.table):
         worst = show(kept["points"])
-    launch.crossovers.cache_clear()
+    crossovers.crossovers.cache_clear()
     print(f"worst choice: {worst:.2f} times the best form's time (allowed {ALLOWED})")
     return 0 if worst <= ALLOWED else 1
 

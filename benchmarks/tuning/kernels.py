@@ -1,9 +1,9 @@
-"""Measure launch settings on the GPU at hand: `python -m benchmarks.tune` rewrites `fla_ops/launch/<class>.json`.
+"""Tune kernels on the GPU at hand: `python -m benchmarks.tuning.kernels` rewrites `fla_ops/launch/<class>.json`.
 
-For each operator it finds out which entries of the table its launches read, tries the neighbours of each (tiles halved
-and doubled, warps and stages likewise), and keeps what is faster by more than the noise. A setting is dropped if its
-kernel spills, does not fit into shared memory, or changes the result. The table's widths are bounds: a setting tuned at
-smaller widths than its entry's becomes an entry of its own.
+For each operator it finds the entries of the table that its launches read, tries the neighbours of each (tiles and
+warps halved and doubled, stages one up and one down), and keeps a setting that is faster by more than the noise. A
+setting is dropped if its kernel spills, does not fit into shared memory, or changes the result. The widths of an entry
+are bounds: a setting tuned at smaller widths than its entry's becomes a new entry.
 """
 
 from __future__ import annotations
@@ -24,43 +24,44 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import fla_ops
 from fla_ops import launch
 
-from . import machine, table
-from .contenders import EAGER, input_sets, ours
-from .problems import Problem, problems
-from .timing import Contender, measure, synchronise
+from .. import machine
+from ..comparison import EAGER, input_sets, ours
+from ..problems import Problem, problems, schema_arguments
+from ..report import milliseconds
+from ..timing import Implementation, measure, synchronise
 
 Entry = dict[str, Any]
-GAIN = 0.97  # of the time before, what a new setting must stay under
+GAIN = 0.97  # a new setting must take less than this share of the time before
 BLOCKS = ("BT", "BR", "BK", "BV", "BLOCK")
 LIMITS = {"BT": (16, 128), "BR": (16, 128), "BK": (16, 256), "BV": (8, 256), "BLOCK": (256, 4096)}
 WARPS, STAGES = (1, 8), (1, 5)
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative difference that another order of sums may make
 COMPOSED = ("linear_attn", "lightning_attn")  # families that launch other families' kernels
+# Prefixes of the operators that are used most.
 FIRST = ("fused_chunk", "chunk", "simple_gla_step_", "gsa", "parallel_attn", "fused_recurrent")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One operator's pass at some widths, in which the settings of its kernels are tried."""
+    """One pass of one operator at some widths, with which the settings of its kernels are tried."""
 
     problem: Problem
-    what: str
+    pass_: str
 
     def __str__(self) -> str:
-        return self.problem.label(self.what)
+        return self.problem.label(self.pass_)
 
 
 def tasks(device: torch.device, only: str) -> list[Task]:
-    """Every operator that owns kernels, at the usual widths, most used first."""
+    """List every operator that has kernels of its own, at the usual widths, most used first."""
     found = []
     owning = [p for p in problems(device) if p.operator == "normalize_output" or p.family not in COMPOSED]
-    for problem in {p.operator: p for p in reversed(owning) if p.role != "auto" and not p.strong}.values():
+    for problem in {p.operator: p for p in reversed(owning) if p.form != "auto" and not p.strong}.values():
         for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 64), (torch.float32, 64)):
             narrow = replace(problem.resized(K=width, V=width), dtype=dtype)
-            found += [Task(narrow, what) for what in narrow.passes]
+            found += [Task(narrow, pass_) for pass_ in narrow.passes]
     unique = {str(task): task for task in found if re.search(only, str(task))}
 
     def rank(task: Task) -> tuple[int, int, int]:
@@ -71,7 +72,7 @@ def tasks(device: torch.device, only: str) -> list[Task]:
 
 
 def neighbours(entry: Entry) -> Iterator[Entry]:
-    """Settings one step away in a tile, in warps, in stages, or in a tile and the warps together."""
+    """Yield the settings one step away in a tile, in warps, in stages, or in a tile and the warps together."""
     tiles = [{}, *_halved_and_doubled(entry)]
     low, high = WARPS
     warps = [w for w in (entry["num_warps"] // 2, entry["num_warps"], entry["num_warps"] * 2) if low <= w <= high]
@@ -110,12 +111,12 @@ def watching() -> Iterator[tuple[list[tuple[str, Entry]], list[Any]]]:
 
 
 def spills(compiled: Sequence[Any]) -> bool:
-    """Whether any of the kernels has too few registers."""
+    """Whether any of the kernels spills registers."""
     return any(getattr(kernel, "n_spills", 0) for kernel in compiled)
 
 
 class Tuner:
-    """The table of one device class, and what was tried."""
+    """Improves the table of one device class, and logs what it tried."""
 
     def __init__(self, device: torch.device, seconds: float, end: float) -> None:
         self.device, self.seconds, self.end = device, seconds, end
@@ -136,7 +137,7 @@ class Tuner:
                 self._improve(task, call, kernel, entry, added)
 
     def compile_all(self, task: Task) -> None:
-        """Compile what `tune` will try first, into Triton's cache."""
+        """Compile into Triton's cache the settings that `tune` will try first."""
         call = self._call(task)
         with watching() as (read, _):
             call.call(0)
@@ -149,23 +150,23 @@ class Tuner:
                         call.call(0)
             entry.update(kept)
 
-    def _call(self, task: Task) -> Contender:
-        """The call on one set of inputs; what it updates in place is put back before each."""
-        first = input_sets(task.problem, task.what, self.device, 0)[0]
-        arguments = fla_ops.ops()[task.problem.operator].overload._schema.arguments
-        updated = [first[a.name] for a in arguments if a.alias_info and a.alias_info.is_write and a.name in first]
+    def _call(self, task: Task) -> Implementation:
+        """Make a call on one set of inputs, which puts back what the call before updated in place."""
+        first = input_sets(task.problem, task.pass_, self.device, rotate=False)[0]
+        written = [a.name for a in schema_arguments(task.problem.operator) if a.alias_info and a.alias_info.is_write]
+        updated = [first[name] for name in written if name in first]
         before = [x.clone() for x in updated]
-        plain = ours(task.problem, task.what, EAGER, [first])
+        plain = ours(task.problem, task.pass_, EAGER, [first])
 
         def call(i: int) -> Any:
             for x, kept in zip(updated, before, strict=True):
                 x.copy_(kept)
             return plain.call(i)
 
-        return Contender(str(task), call)
+        return Implementation(str(task), call)
 
     def _own_entry(self, kernel: str, entry: Entry, task: Task) -> tuple[Entry, bool]:
-        """The entry for exactly these widths: a copy is added where the one in use covers wider calls as well."""
+        """Find the entry for exactly these widths; add a copy of the one in use if that also covers wider calls."""
         widths = {"key_width": task.problem.sizes["K"], "value_width": task.problem.sizes["V"]}
         if all(entry[name] <= width for name, width in widths.items()):
             return entry, False
@@ -178,7 +179,7 @@ class Tuner:
         launch._nearest.cache_clear()
         return own, True
 
-    def _improve(self, task: Task, call: Contender, kernel: str, entry: Entry, added: bool) -> None:
+    def _improve(self, task: Task, call: Implementation, kernel: str, entry: Entry, added: bool) -> None:
         kept, truth = dict(entry), self._outputs(call)
         best, before, tried, dropped = dict(entry), self._time(call), 0, 0
         fastest = before
@@ -206,11 +207,11 @@ class Tuner:
             }
         )  # fmt: skip
         mark = "->" if best != kept else "=="
-        times = f"{table.milliseconds(before * 1e3)} {mark} {table.milliseconds(fastest * 1e3)}"
+        times = f"{milliseconds(before * 1e3)} {mark} {milliseconds(fastest * 1e3)}"
         print(f"{task}: {kernel} {times}", flush=True)
 
-    def _try(self, call: Contender, truth: list[Tensor], dtype: torch.dtype) -> float | None:
-        """Seconds with the settings as they are now; None where they must not be used."""
+    def _try(self, call: Implementation, truth: list[Tensor], dtype: torch.dtype) -> float | None:
+        """Time the call with the settings as they are now; None if they must not be used."""
         try:
             with watching() as (_, compiled):
                 outputs = self._outputs(call)
@@ -220,12 +221,12 @@ class Tuner:
         except Exception:  # noqa: BLE001  (Triton raises many kinds for a setting that does not fit)
             return None
 
-    def _outputs(self, call: Contender) -> list[Tensor]:
+    def _outputs(self, call: Implementation) -> list[Tensor]:
         found = call.call(0)
         synchronise(self.device)
         return [x.clone() for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Tensor)]
 
-    def _time(self, call: Contender) -> float:
+    def _time(self, call: Implementation) -> float:
         call.samples.clear()
         measure([call], self.device, self.seconds)
         return min(call.samples)
@@ -237,7 +238,7 @@ def _agree(outputs: list[Tensor], truth: list[Tensor], tolerance: float) -> bool
 
 
 def as_text(entries: dict[str, list[Entry]]) -> str:
-    """The table as JSON with one line for each entry."""
+    """Write the table as JSON with one line for each entry."""
     kernels = (
         f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in found) + "\n  ]"
         for name, found in entries.items()
@@ -246,18 +247,18 @@ def as_text(entries: dict[str, list[Entry]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.tune", description=__doc__)
+    """Run the command; return the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.tuning.kernels", description=__doc__)
     add = parser.add_argument
-    add("--only", default="", metavar="REGEX", help="only tasks whose label matches")
-    add("--limit", type=float, default=900, metavar="SECONDS", help="stop trying after this long (default 900)")
-    add("--seconds", type=float, default=0.05, help="for each setting (default 0.05)")
-    add("--table", type=Path, help="the file to write (default the package's)")
-    add("--json", type=Path, metavar="FILE", help="write what was tried")
-    add("--compile-only", metavar="I/N", help="compile the I-th of N shares of the settings, time nothing")
+    add("--only", default="", metavar="REGEX", help="Tune only tasks whose label matches.")
+    add("--limit", type=float, default=900, metavar="SECONDS", help="Stop after this long; the default is 900.")
+    add("--seconds", type=float, default=0.05, help="Time each setting this long; the default is 0.05.")
+    add("--table", type=Path, help="Write this file instead of the package's table.")
+    add("--json", type=Path, metavar="FILE", help="Write what was tried.")
+    add("--compile-only", metavar="I/N", help="Compile share I of N of the settings, and time nothing.")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.tune needs a GPU, and torch sees none", file=sys.stderr)
+        print("benchmarks.tuning.kernels needs a GPU, and torch sees none", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     tuner = Tuner(device, options.seconds, time.perf_counter() + options.limit)
@@ -277,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _each(chosen: list[Task], work: Callable[[Task], None]) -> list[str]:
-    """Do the work for every task; which failed."""
+    """Do the work for every task; return the failures."""
     return [failure for task in chosen if (failure := _failure(task, work)) is not None]
 
 
