@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 import fla_ops
-from fla_ops.dispatch import Request, crossovers, select
+from fla_ops.dispatch import crossovers
 
 from .. import machine
 from ..comparison import implementation, input_sets
@@ -61,38 +61,33 @@ CANDIDATES = {  # values that each threshold may take
 Point = dict[str, Any]  # family, sizes, gradient, dtype, and milliseconds by form
 
 
-def forms_of(family: str) -> Any:
-    """Import the module that chooses a family's form."""
-    return importlib.import_module(f"fla_ops.{family}.forms")
+def family_of(family: str) -> Any:
+    """Import what chooses a family's form."""
+    return importlib.import_module(f"fla_ops.{family}.forms").FAMILY
 
 
-def request(point: Point, state: bool = False) -> Request:
-    """Describe a point to the dispatcher; with a state, forms that have none refuse."""
-    found = point["sizes"]
-    return Request(
-        family=point["family"],
-        device=point["device"],
-        batch=found["B"],
-        time=found["T"],
-        heads=found["H"],
-        key_width=found["K"],
-        value_width=found["V"],
-        dtype=getattr(torch, point["dtype"]),
-        gradient=point["gradient"],
-        state=state,
-    )
+def call_of(point: Point, state: bool = False) -> Any:
+    """A call of a point's sizes, in tensors without memory; with a state, forms that have none refuse."""
+    call = importlib.import_module(f"fla_ops.{point['family']}.call")
+    heads = point["sizes"]["H"]
+    found = {"HK": heads, "HQ": heads, **point["sizes"]}
+    device = "cpu" if point["device"] == "cpu" else "meta"
+    element = torch.zeros((), device=device, requires_grad=point["gradient"])
+    names = [name for name in call.Call._fields if name not in call.Call._field_defaults]
+    tensors = {name: element.expand([found[letter] for letter in call.AXES[name].split()]) for name in names}
+    return call.Call(**tensors, output_final_state=state)
 
 
 def chosen(point: Point, state: bool = False) -> str:
     """The form that `auto` picks."""
-    module, wanted = forms_of(point["family"]), request(point, state)
-    return select(module.FORMS, wanted, "auto", module.order(wanted)).form.name
+    form: str = family_of(point["family"]).choose(call_of(point, state)).form.name
+    return form
 
 
 def regret(point: Point, state: bool = False) -> float:
     """Divide the time of the chosen form by that of the best; infinite if it was too slow to be timed."""
-    wanted = request(point, state)
-    able = [form.name for form in forms_of(point["family"]).FORMS if not form.refuse(wanted)]
+    wanted = call_of(point, state)
+    able = [form.name for form in family_of(point["family"]).forms if not form.refuse(wanted)]
     times = {name: ms for name, ms in point["ms"].items() if name in able}
     return float(times.get(chosen(point, state), math.inf)) / min(times.values())
 
@@ -105,7 +100,7 @@ def regrets(points: Sequence[Point]) -> list[float]:
 def measure_family(family: str, device: torch.device, seconds: float, longest: int) -> Iterator[Point]:
     """Time every form at every size and length, without those that were hopelessly slow at a smaller length."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    names = [form.name for form in forms_of(family).FORMS]
+    names = [form.name for form in family_of(family).forms]
     for shape, gradient in itertools.product(SHAPES[family][device.type], (False, True)):
         alive = set(names)
         for length in (t for t in LENGTHS if t <= longest):
@@ -144,7 +139,7 @@ def fit(points: Sequence[Point], thresholds: Sequence[str]) -> dict[str, int]:
 
     Two thresholds at a time are improved, until no pair can be.
     """
-    module = forms_of(points[0]["family"])
+    module = importlib.import_module(f"fla_ops.{points[0]['family']}.forms")
 
     def score(tried: dict[str, int]) -> tuple[float, float]:
         with mock.patch.object(module, "crossovers", return_value=tried):
