@@ -147,7 +147,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     family, arguments = DISPATCHERS[function]
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    c = family.signature.call(**arguments(**bound.arguments))
+    defaults = family.signature.call._field_defaults
+    given = {name: defaults.get(name) if x is None else x for name, x in arguments(**bound.arguments).items()}
+    c = family.signature.call(**given)
     choice = family.choose(c)
     family.check(c)
     return Choice(choice.form, choice.preferred, choice.refused, tuple(choice.form.note(c)))

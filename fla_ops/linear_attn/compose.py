@@ -66,7 +66,8 @@ def _run(c: Call, form: Signature) -> Outputs:
         return Outputs(o, final_state, final_z)
 
     if not c.normalize:
-        return Outputs(*read(c.q, c.k, c.v), None)
+        o, final_state = read(c.q, c.k, c.v)
+        return Outputs(o, final_state, None)
     return Outputs(*_as_activations(normalized, c.q, c.k, c.v))
 
 
