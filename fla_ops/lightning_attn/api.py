@@ -213,7 +213,7 @@ def lightning_attn(
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
             T, never falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not
             depend on it.
-        chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. A matter of speed, not of the result.
+        chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. It changes the speed alone.
         reverse: run time backwards; the final state is the one after step 0.
         mode: "auto", or one of "chunk", "fused_chunk", "fused_recurrent". A named form is used or refused.
 
