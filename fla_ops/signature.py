@@ -97,6 +97,10 @@ class Signature:
         """The fields that are updated in place."""
         return tuple(name for name in self.fields if self.type_of(name) == "Pool")
 
+    def returned(self, results: Any) -> Any:
+        """What the operator returns, from what an implementation does: a single result is no tuple."""
+        return results[0] if self.outputs != "Tensor" and len(self.outputs._fields) == 1 else results
+
     @property
     def schema(self) -> str:
         """The schema that is registered."""

@@ -42,7 +42,7 @@ def pattern_of(axes: str) -> str:
     return f"[{', '.join(letters_of(axes))}]{note}{text}"
 
 
-def axes(c: Any, grouped: tuple[str, str, str, str]) -> Sizes:
+def axes(c: Any, grouped: tuple[str, str, str, str] | None = None) -> Sizes:
     """Hold every tensor of a call to its axes, and return what each letter stands for.
 
     `c.axes` names the axes of each tensor. A letter is bound by the first tensor that has it, in the order of that
@@ -50,7 +50,7 @@ def axes(c: Any, grouped: tuple[str, str, str, str]) -> Sizes:
     others, as in ("v", "H", "q and k", "HK"): H is a multiple of HK.
     """
     sizes = Sizes({"1": 1})
-    tensor, heads, shared, base = grouped
+    tensor, heads, shared, base = grouped or ("",) * 4
     for name, letters in c.axes.items():
         x = getattr(c, name, None)
         if name == "cu_seqlens":
@@ -149,12 +149,13 @@ def floating(**tensors: Tensor | None) -> None:
 
 
 def same_device(c: Any) -> None:
-    """All tensors of a call lie where q lies, but for the host's copy of the offsets."""
+    """All tensors of a call lie where its first one lies, but for the host's copy of the offsets."""
+    device = c[0].device
     for name, x in zip(c._fields, c, strict=True):
         if isinstance(x, Tensor) and name != "cu_seqlens_cpu":
             torch._check_value(
-                x.device == c.q.device,
-                lambda name=name, x=x: f"{name} must be on {c.q.device} like q, got {x.device}",
+                x.device == device,
+                lambda name=name, x=x: f"{name} must be on {device} like {c._fields[0]}, got {x.device}",
             )
 
 

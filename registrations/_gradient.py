@@ -48,7 +48,8 @@ def _formula(gradient: Gradient) -> tuple[Callable[..., None], Callable[..., Any
     received = [outputs.index(name) for name in gradient.received]
     wanted = [fields.index(name) for name in gradient.need._fields]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        output = (output,) if isinstance(output, Tensor) else output
         ctx.mark_non_differentiable(*(output[i] for i in kept if output[i] is not None))
         ctx.save_for_backward(*((inputs, output)[which][i] for which, i in saved))
         ctx.settings = [inputs[i] for i in settings]

@@ -77,11 +77,13 @@ def register(
     """
 
     def adapt(function: Callable[[], Function]) -> Function:
-        return lambda *args: function()(signature.call_of(args))
+        return lambda *args: signature.returned(function()(signature.call_of(args)))
 
     op = _define(signature, signature.schema, tags)
+    if flops is not None:
+        _flops.register(op._overloadpacket, lambda *args, **_: flops(signature.call_of(args)))
     cast = frozenset(i for i, name in enumerate(signature.fields) if name in ACTIVATIONS)
-    _wire(op, signature, adapt, cpu, cuda, fake, cast, flops, inline)
+    _wire(op, signature, adapt, cpu, cuda, fake, cast, inline)
     LIBRARY.impl(signature.name, _gradient.kernel(op, gradient), "Autograd", with_keyset=True)
     if signature.mutated:
         positions = [signature.fields.index(name) for name in signature.mutated]
@@ -106,7 +108,9 @@ def register_backward(
         return lambda *args: function()(*gradient.parts_of(args))
 
     op = _define(gradient, gradient.schema, tags)
-    _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), flops, inline)
+    if flops is not None:
+        _flops.register(op._overloadpacket, lambda *args, **_: flops(*gradient.parts_of(args)))
+    _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), inline)
     LIBRARY.impl(gradient.name, _gradient.refusing_later(op), "Autograd", with_keyset=True)
     _record(gradient, op, "inference", cpu, cuda, tuple(inline or ()))
 
@@ -117,7 +121,7 @@ def register_composite(signature: Signature, function: str) -> None:
     """
     op = _define(signature, signature.schema, ())
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
-        LIBRARY.impl(signature.name, lambda *args: resolve(function)(signature.call_of(args)), key)
+        LIBRARY.impl(signature.name, lambda *args: signature.returned(resolve(function)(signature.call_of(args))), key)
     _record(signature, op, "composite")
 
 
@@ -140,7 +144,6 @@ def _wire(
     cuda: str,
     fake: Function,
     cast: frozenset[int],
-    flops: Function | None,
     inline: dict[str, str] | None,
 ) -> None:
     """Register what runs below autograd; `adapt` turns a function of the declaration's parts into one of arguments."""
@@ -151,8 +154,6 @@ def _wire(
     # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         LIBRARY.impl(name, _autocast.kernel(op, device, cast), key)
-    if flops is not None:
-        _flops.register(op._overloadpacket, adapt(lambda: flops))
     batched = _vmap.rule(op, declaration)
     torch.library.register_vmap(qualified, batched, lib=LIBRARY)
     LIBRARY.impl(name, _vmap.legacy_kernel(batched), "Batched")
