@@ -17,9 +17,13 @@ _formulas: dict[Any, Callable[..., int]] = {}
 
 def register(packet: Any, formula: Callable[..., int]) -> None:
     """Make FlopCounterMode count `packet`: now if the counter is imported, else when it will be (it imports Triton)."""
-    _formulas[packet] = formula
+
+    def counted(*args: Any, **_: Any) -> int:  # the counter also passes out_shape
+        return formula(*args)
+
+    _formulas[packet] = counted
     if COUNTER in sys.modules:
-        sys.modules[COUNTER].register_flop_formula(packet)(formula)
+        sys.modules[COUNTER].register_flop_formula(packet)(counted)
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())
 
