@@ -153,7 +153,9 @@ class Run:
         if self.sums is not None:
             rows[..., self.width : -1] = torch.eye(group, dtype=rows.dtype, device=rows.device)[:, None]
             rows[..., -1] += self.sums[..., a:b] - self.sums[..., a : a + 1]
-            self.keys[:, low:a, self.width : -1] = (self.sums[..., a : a + 1] - self.sums[..., low:a]).mT
+            before = self.sums[..., a : a + 1] - self.sums[..., low:a]
+            # Where this is not finite the rows' own sums are not either, and the group's other heads may not see it.
+            self.keys[:, low:a, self.width : -1] = before.nan_to_num_(0, 0, 0).mT
         return rows.flatten(1, 2)
 
     def scores(self, rows: Tensor, a: int, tile: Tile) -> Tensor:
