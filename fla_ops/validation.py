@@ -49,12 +49,12 @@ def axes(c: Any, grouped: tuple[str, str, str, str] | None = None) -> Sizes:
     table; the others must agree. Widths and numbers of heads are at least 1. `grouped` says whose heads share those of
     others, as in ("v", "H", "q and k", "HK"): H is a multiple of HK.
     """
-    sizes = Sizes({"1": 1})
+    sizes = Sizes({"1": 1, "2": 2})
     tensor, heads, shared, base = grouped or ("",) * 4
     for name, letters in c.axes.items():
         x = getattr(c, name, None)
         if name == "cu_seqlens":
-            sizes["N"] = packing(c, sizes["B"])
+            sizes["N"] = packing(c, sizes.get("B", 1))
         elif x is not None and name != "cu_seqlens_cpu":
             known = heads in sizes and base in sizes
             bind(name, x, letters, sizes)

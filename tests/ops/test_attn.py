@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fla_ops
 from fla_ops.attn import reference
-from fla_ops.attn.cpu import aten, aten_tiles, decay
+from fla_ops.attn.call import RESIDUAL_SCALE, Call, Need, Outputs
+from fla_ops.attn.cpu import aten, aten_tiles
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing
@@ -118,7 +119,7 @@ def test_what_rounding_took_is_kept(dtype: torch.dtype) -> None:
     o, _, rest = forward(x, output_rest=True)
     assert rest is not None
     exact, _ = reference.parallel(**{name: y.double() for name, y in x.items()})
-    assert numerics.error(o.double() + rest.double() / decay.REST, exact) < 0.01 * numerics.error(o, exact)
+    assert numerics.error(o.double() + rest.double() / RESIDUAL_SCALE, exact) < 0.01 * numerics.error(o, exact)
     assert forward(x)[2] is None
     assert forward({name: y.float() for name, y in x.items()}, output_rest=True)[2] is None
 
@@ -173,16 +174,11 @@ def test_tiles_that_are_left_out_hold_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, every, strict=True))
 
 
-def on_the_cpu(x: dict[str, Tensor], g: Tensor | None, window: int | None = None) -> tuple[Tensor, Tensor, None]:
-    """The ATen implementation, whose own calls are visible when it is called directly."""
-    return aten.forward(*x.values(), g, None, window, None, None, None, False)  # type: ignore[no-any-return]
-
-
 def products(time: int, window: int | None = None, strength: float = 0.0) -> int:
     """Multiplications and additions in the matrix products that a forward call makes on a CPU."""
     x = {name: y.float() for name, y in inputs(time).items()}
     with FlopCounterMode(display=False) as counter:
-        on_the_cpu(x, gates(time, HQ, strength).float() if strength else None, window)
+        aten.forward(Call(**x, g=gates(time, HQ, strength).float() if strength else None, window_size=window))
     return counter.get_total_flops()
 
 
@@ -203,9 +199,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
         x = {name: y[:1].float() for name, y in inputs(time, 1, 1, 3, 5).items()}
         g = gates(time, 1)[:1].float()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            o, lse, rest = on_the_cpu(x, g)
-            wanted = [True, True, True, True, False]
-            aten.backward(*x.values(), g, None, None, o, lse, rest, o, None, None, None, wanted)
+            call = Call(**x, g=g)
+            saved = aten.forward(call)
+            aten.backward(call, Outputs(saved.o, None, None), Need(True, True, True, True, False), saved)
         largest[time] = max(event.cpu_memory_usage for event in profile.events())
     assert largest[8192] < 4.5 * largest[2048]
     assert largest[8192] < 8192 * 8192

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-REST = 2048.0  # what rounding takes from an output is kept times this, so that float16 can hold it
-FORGETS = -5000.0  # a log decay at or below this forgets everything: no score makes up for it
+from ..call import FORGETS
 
 
 def sums(g: Tensor) -> tuple[Tensor, Tensor]:
