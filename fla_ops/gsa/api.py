@@ -3,20 +3,20 @@
     A_t = A_{t-1} diag(exp g_t) + k_t s_t^T,    x_t = scale * A_t^T q_t,    p_t = softmax(x_t)
     C_t = diag(exp g_t) C_{t-1} + s_t v_t^T,    o_t = C_t^T p_t
 
-M slots hold a key and a value each; every step writes to slot m with weight s_tm and lets it fade by exp(g_tm), and
-reads the slots by softmax attention. The chunkwise form is derived in this folder's README.md.
+M memory slots hold a key and a value each; every step writes to slot m with weight s_tm and lets it fade by exp(g_tm),
+and reads the slots by softmax attention. The chunkwise form is derived in this folder's README.md.
 
 Arguments that several functions share:
 
 - q: [B, T, HQ, K]. k: [B, T, H, K]. v: [B, T, H, V]. HQ is a multiple of H: each key/value head serves HQ // H query
   heads. One floating dtype for all three.
-- s: [B, T, H, M], what each slot takes in; any floating dtype.
+- s: [B, T, H, M], what each memory slot takes in; any floating dtype.
 - g: [B, T, H, M], the natural logarithm of the decay of each slot, usually <= 0 (-inf empties the slot); any floating
   dtype. None is vanilla ABC: with z the running logsumexp of s over time, s becomes exp(s - z) and g_t = z_{t-1} - z_t,
   0 at a sequence's first step.
 - scale: factor on q; None means K ** -0.5.
 - initial_state: the pair A [N, H, K, M] and C [N, H, M, V] (N = B, or the number of packed sequences), any floating
-  dtype; None means zeros.
+  dtype; None means zeros in both.
 - output_final_state: whether to return that pair after the last step, float32 (float64 for float64 inputs).
 - cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never
   falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not depend on it.
@@ -27,12 +27,37 @@ k, v, s, g and both states; forward-mode AD and double backward raise NotImpleme
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+
+from .forms import FAMILY
 
 Pair = tuple[Tensor, Tensor]
+
+
+def _states(initial_state: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The operators' initial_k and initial_v."""
+    if initial_state is None:
+        return None, None
+    wanted = "initial_state must be a pair ([N, H, K, M], [N, H, M, V]), got "
+    if not isinstance(initial_state, tuple | list):
+        raise TypeError(wanted + type(initial_state).__name__)
+    if len(initial_state) != 2:
+        raise ValueError(f"{wanted}{len(initial_state)} states")
+    initial_k, initial_v = initial_state
+    if initial_k is None or initial_v is None:
+        raise ValueError(f"{wanted}None for {'the keys' if initial_k is None else 'the values'}; give zeros instead")
+    return initial_k, initial_v
+
+
+def _arguments(initial_state: Any, **others: Any) -> dict[str, Any]:
+    """The operator's arguments from those of `gsa`."""
+    initial_k, initial_v = _states(initial_state)
+    return others | {"initial_k": initial_k, "initial_v": initial_v}
 
 
 def chunk_gsa(
@@ -62,7 +87,7 @@ def chunk_gsa(
     Returns:
         o [B, T, HQ, V] in v's dtype, and the final states or None.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.chunk_gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
         chunk_size,
@@ -93,7 +118,7 @@ def fused_recurrent_gsa(
     Returns:
         o [B, T, HQ, V] in v's dtype, and the final states or None.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.fused_recurrent_gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, reverse, cu_seqlens, cu_seqlens_cpu
     )
@@ -115,11 +140,12 @@ def gsa_step_(
 
     Args:
         q: [N, HQ, K]. k: [N, H, K]. v: [N, H, V]. s, g: [N, H, M]. scale: as in the module's docstring.
-        state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32.
-        slots: [N] int32 or int64, the row of both pools for each sequence; all different. -1 is padding: nothing is
-            read or written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside
-            the pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pools alone and fills
-            that output row with NaN.
+        state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32. The pools
+            share no memory with each other, and no element lies in a pool twice.
+        slots: [N] int32 or int64, the cache row of each sequence in both pools (not its M memory slots); all different.
+            -1 is padding: nothing is read or written for it and its output is zero. None means row n for sequence n,
+            and P = N. A row outside the pools is a ValueError on a CPU; a GPU, where no value can be read back, leaves
+            the pools alone and fills that output row with NaN.
 
     Returns:
         o [N, HQ, V] in v's dtype.
@@ -131,6 +157,7 @@ def gsa_step_(
     return o
 
 
+@dispatcher(FAMILY, arguments=_arguments)
 def gsa(
     q: Tensor,
     k: Tensor,
@@ -161,12 +188,9 @@ def gsa(
         ValueError: if mode is no form.
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
         chunk_size, reverse, mode,
     )  # fmt: skip
     return o, (final_k, final_v) if output_final_state else None
-
-
-gsa.choose = forms.choose  # type: ignore[attr-defined]
