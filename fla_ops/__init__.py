@@ -1,10 +1,12 @@
 """Linear-attention operators for PyTorch, registered as `torch.ops.fla.*`.
 
 Every operator has a fake implementation and a gradient, so a model that calls it traces under
-`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, ATen implementations on a CPU.
+`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, C++ and ATen on a CPU.
 """
 
 from fla_ops import registrations as registrations  # registers every operator
+from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
     fused_chunk_lightning_attn,
@@ -33,6 +35,8 @@ from fla_ops.simple_gla.api import (
 
 from .dispatch import explain
 
+__version__ = "0.1.0"
+
 
 def ops() -> dict[str, Operator]:
     """Every registered operator by name, with its schema, kind and implementations."""
@@ -41,6 +45,10 @@ def ops() -> dict[str, Operator]:
 
 __all__ = [
     "Operator",
+    "__version__",
+    "attn",
+    "attn_decoding_one_step",
+    "chunk_gsa",
     "chunk_lightning_attn",
     "chunk_linear_attn",
     "chunk_simple_gla",
@@ -48,9 +56,12 @@ __all__ = [
     "fused_chunk_lightning_attn",
     "fused_chunk_linear_attn",
     "fused_chunk_simple_gla",
+    "fused_recurrent_gsa",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
     "fused_recurrent_simple_gla",
+    "gsa",
+    "gsa_step_",
     "inlining",
     "lightning_attn",
     "lightning_decay",
@@ -58,7 +69,13 @@ __all__ = [
     "linear_attn_step_",
     "normalize_output",
     "ops",
+    "parallel_attn",
     "parallel_simple_gla",
     "simple_gla",
     "simple_gla_step_",
 ]
+
+
+def __dir__() -> list[str]:
+    """What the package is for, without what it is made of."""
+    return sorted(__all__)

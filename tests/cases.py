@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 
 import fla_ops
 
-FAMILIES = ("simple_gla", "linear_attn", "lightning_attn")
+FAMILIES = ("attn", "gsa", "simple_gla", "linear_attn", "lightning_attn")
 
 COMBINATION = "combination"  # tiny; one for each legal combination of optional inputs
 INDUCTOR = "inductor"  # also compiled with Inductor, which takes seconds: a few for each operator
