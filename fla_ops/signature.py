@@ -85,7 +85,7 @@ class Signature:
 
     def type_of(self, name: str) -> str:
         """The annotation of a field, as it is written."""
-        return annotations(self.call)[name]
+        return written_types(self.call)[name]
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ class Signature:
         """The part of the schema after the arrow."""
         if self.outputs == "Tensor":
             return "Tensor"
-        fields = (f"{SCHEMA_TYPES[kind]} {name}" for name, kind in annotations(self.outputs).items())
+        fields = (f"{SCHEMA_TYPES[kind]} {name}" for name, kind in written_types(self.outputs).items())
         return f"({', '.join(fields)})"
 
 
@@ -183,7 +183,7 @@ class Gradient:
     @property
     def schema(self) -> str:
         """The backward operator's schema."""
-        kinds = annotations(self.of.outputs) | annotations(self.of.call)
+        kinds = written_types(self.of.outputs) | written_types(self.of.call)
         saved = [f"{SCHEMA_TYPES[kinds[name]]} {name}" for name in self.saved]
         first, *others = self.received
         received = [f"Tensor d{first}", *(f"Tensor? d{name}" for name in others)]
@@ -203,7 +203,7 @@ class Gradient:
         return (*parts, self.of.outputs._make(saved)) if self.saved_outputs else parts
 
 
-def annotations(fields: type[Any]) -> dict[str, str]:
+def written_types(fields: type[Any]) -> dict[str, str]:
     """The annotations of a NamedTuple as they are written."""
     return {name: getattr(kind, "__forward_arg__", kind) for name, kind in fields.__annotations__.items()}
 

@@ -23,13 +23,17 @@ NOT_MAPPED = 1_000_003  # no batch has this size
 
 def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any]:
     """The function for `torch.library.register_vmap`."""
-    backward = isinstance(declaration, Gradient)
-    names = declaration.arguments if isinstance(declaration, Gradient) else declaration.fields
-    mutated = () if isinstance(declaration, Gradient) else declaration.mutated
+    if isinstance(declaration, Gradient):
+        names, mutated, parts = declaration.arguments, (), declaration.parts_of
+    else:
+        names, mutated = declaration.fields, declaration.mutated
+
+        def parts(args: Sequence[Any]) -> tuple[Any, ...]:
+            return (declaration.call_of(args),)
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         in_dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(args, in_dims, strict=True)]
-        call = declaration.parts_of(args)[0] if backward else declaration.call_of(args)
+        call = parts(args)[0]
         axes = axes_of(call.axes)
         given = dict(zip(names, args, strict=False))
         dims = dict(zip(names, in_dims, strict=False))
@@ -122,7 +126,8 @@ def _fold(x: Tensor, dim: int | None, heads: int | None, size: int) -> Tensor:
 
 def _unfold(x: Tensor, heads: int | None, size: int) -> Tensor:
     """The inverse, with M first."""
-    return x.unflatten(heads, (size, -1)).movedim(heads, 0)
+    apart: Tensor = x.unflatten(heads, (size, -1))
+    return apart.movedim(heads, 0)
 
 
 def _one_by_one(op: OpOverload, size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Any, Any]:

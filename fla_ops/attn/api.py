@@ -18,22 +18,17 @@ import torch
 from torch import Tensor
 
 from fla_ops.dispatch import dispatcher
+from fla_ops.public import public
 
 from .forms import FAMILY
 
 
+@public
 def parallel_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    window_size: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
+    window_size: int | None = None, cu_seqlens: Tensor | None = None, chunk_indices: Tensor | None = None, *,
     sink_bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Every row against the keys up to its own, without a T x T matrix. For training and prefill.
 
     `torch.ops.fla.parallel_attn_forward` also returns the logarithm of each row's denominator, [B, T, HQ], with a
@@ -61,18 +56,12 @@ def parallel_attn(
     return o
 
 
+@public
 def attn_decoding_one_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    cu_seqlens: Tensor | None = None,
-    do_gate_scale: bool = False,
-    *,
-    sink_bias: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, do_gate_scale: bool = False, *, sink_bias: Tensor | None = None,
     window_size: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One query for each packed sequence, against its cache: the row that parallel_attn would give for the last step.
 
     Args:
@@ -106,20 +95,13 @@ def attn_decoding_one_step(
 
 
 @dispatcher(FAMILY)
+@public
 def attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    window_size: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    chunk_indices: Tensor | None = None,
-    do_gate_scale: bool = False,
-    *,
-    sink_bias: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
+    window_size: int | None = None, cu_seqlens: Tensor | None = None, chunk_indices: Tensor | None = None,
+    do_gate_scale: bool = False, *, sink_bias: Tensor | None = None,
     mode: Literal["auto", "parallel", "decoding"] = "auto",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """parallel_attn where q and k have the same steps, attn_decoding_one_step where q has one for each sequence.
 
     `fla_ops.explain(fla_ops.attn, ...)` says which, and why not the other. With G the running sum of g, row i gives

@@ -26,9 +26,8 @@ def without_keys(c: Call) -> Outputs:
 
 def gradients_without_keys(c: Call, d: Outputs, need: Need) -> Gradients:
     """The gradients of `without_keys`: only the logarithms of the denominators pass one on, to the sinks."""
-    found = [x.new_zeros(x.shape) if wanted else None for wanted, x in zip(need, (c.q, c.k, c.v, c.g), strict=False)]
-    if not need.sink_bias:
-        return *found, None
-    if d.lse is None:
-        return *found, torch.zeros_like(c.sink_bias)
-    return *found, d.lse.sum((0, 1), dtype=torch.float64).to(c.sink_bias.dtype)
+    inputs = (getattr(c, name) for name in need._fields)
+    *found, dsink_bias = (x.new_zeros(x.shape) if wanted else None for wanted, x in zip(need, inputs, strict=True))
+    if dsink_bias is not None and d.lse is not None:
+        dsink_bias.copy_(d.lse.sum((0, 1), dtype=torch.float64))
+    return *found, dsink_bias

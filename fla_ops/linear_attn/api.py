@@ -33,7 +33,7 @@ def _parts(initial_state: State) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(initial_state, tuple | list):
         return initial_state, None
     for part in initial_state:
-        if part is not None and not isinstance(part, Tensor):
+        if not isinstance(part, Tensor | None):
             raise TypeError(f"initial_state must hold tensors, kv and z, got {type(part).__name__}")
     if len(initial_state) != 2:
         raise ValueError(
