@@ -124,8 +124,8 @@ def register(
         LIBRARY.impl(name, _autocast.kernel(op, device, frozenset(arguments.index(c) for c in cast)), key)
     if flops is not None:
         _flops.register(op._overloadpacket, flops)
-    if inline and not INTERPRETED:
-        _inline.register(op, inline, resolve, LIBRARY)
+    if not INTERPRETED:
+        _inline.register(op, inline or {}, resolve, LIBRARY)
     OPERATORS[name] = Operator(
         name=name,
         kind="inference" if backward is None else "differentiable",
