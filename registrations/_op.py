@@ -157,8 +157,8 @@ def _wire(
     batched = _vmap.rule(op, declaration)
     torch.library.register_vmap(qualified, batched, lib=LIBRARY)
     LIBRARY.impl(name, _vmap.legacy_kernel(batched), "Batched")
-    if inline and not INTERPRETED:
-        bodies = {device: adapt(partial(resolve, path)) for device, path in inline.items()}
+    if not INTERPRETED:
+        bodies = {device: adapt(partial(resolve, path)) for device, path in (inline or {}).items()}
         _inline.register(op, bodies, LIBRARY)
 
 

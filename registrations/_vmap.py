@@ -23,13 +23,14 @@ NOT_MAPPED = 1_000_003  # no batch has this size
 
 def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any]:
     """The function for `torch.library.register_vmap`."""
+    names: tuple[str, ...]
+    mutated: tuple[str, ...]
+    parts: Callable[[Sequence[Any]], Sequence[Any]]
     if isinstance(declaration, Gradient):
         names, mutated, parts = declaration.arguments, (), declaration.parts_of
     else:
-        names, mutated = declaration.fields, declaration.mutated
-
-        def parts(args: Sequence[Any]) -> tuple[Any, ...]:
-            return (declaration.call_of(args),)
+        signature = declaration
+        names, mutated, parts = signature.fields, signature.mutated, lambda args: (signature.call_of(args),)
 
     def run(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
         in_dims = [dim if isinstance(x, Tensor) else None for x, dim in zip(args, in_dims, strict=True)]
@@ -124,7 +125,7 @@ def _fold(x: Tensor, dim: int | None, heads: int | None, size: int) -> Tensor:
     return x.movedim(0, heads).flatten(heads, heads + 1)
 
 
-def _unfold(x: Tensor, heads: int | None, size: int) -> Tensor:
+def _unfold(x: Tensor, heads: Any, size: int) -> Tensor:
     """The inverse, with M first."""
     apart: Tensor = x.unflatten(heads, (size, -1))
     return apart.movedim(heads, 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.dispatch import dispatcher
-from fla_ops.public import public
+from fla_ops.public import public, steps_or_default
 
 from .forms import FAMILY
 

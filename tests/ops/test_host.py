@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -180,57 +176,3 @@ def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("without_kernels")
 def test_aten_serves_without_them(case: Case, dtype: torch.dtype) -> None:
     test_numbers.check_numbers(case, "cpu", dtype)
-
-
-TWICE = """
-import sys, warnings
-import torch, fla_ops
-
-x = torch.ones(1, 70, 2, 8)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    for operator in 2 * sys.argv[1:]:
-        o = getattr(torch.ops.fla, operator)(x, x, x)[0]
-        assert o.isfinite().all()
-print(*(str(w.message).splitlines()[0] for w in caught if "fla_ops" in str(w.message)), sep="\\n")
-"""
-OPERATORS = ("chunk_simple_gla", "fused_recurrent_simple_gla", "normalize_output")  # one for each source
-
-
-def warned(folder: Path, compiler: str | None = None, operators: tuple[str, ...] = OPERATORS[2:]) -> list[str]:
-    """What a new process warns of that keeps compiled kernels in a folder."""
-    environment = os.environ | {"FLA_OPS_CACHE_DIR": str(folder)} | ({} if compiler is None else {"CXX": compiler})
-    command = [sys.executable, "-c", TWICE, *operators]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
-
-
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_what_does_not_compile_is_said_once(tmp_path: Path, compiler: str) -> None:
-    said = warned(tmp_path, compiler, OPERATORS)
-    assert len(said) == len(SOURCES), said
-    assert all(source in line for source, line in zip(SOURCES, said, strict=True))
-
-
-def test_what_was_compiled_serves_without_a_compiler(tmp_path: Path) -> None:
-    assert warned(tmp_path) == []
-    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
-    assert warned(tmp_path, "no-such-compiler") == []
-
-
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert warned(tmp_path / "file" / "folder") == []
-
-
-def test_a_user_without_a_home_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("no home directory")
-
-    for name in ("FLA_OPS_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    folder = compiled._folder()
-    assert folder.is_dir()
-    folder.rmdir()

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
+#include "common/cpu/threads.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -253,14 +253,14 @@ struct Space {
     }
 };
 
-// body(i) for all i: spread over the threads of a parallel region, or all by this thread.
+// body(i) for all i: shared by the threads of a team, which wait for each other, or all by this thread.
 template <class Body>
 void spread(bool shared, int64_t count, Body body) {
-    if (!shared) {
-        for (int64_t i = 0; i < count; i++) body(i);
+    if (shared) {
+        share(count, body);
+        meet();
         return;
     }
-#pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) body(i);
 }
 
@@ -292,14 +292,13 @@ struct Walk {
 // Each walk of a call by one of its threads; Worker(call, backward) holds what a thread needs.
 template <class Worker, class Call>
 void walk_all(const Call& c, bool backward) {
-#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1)
-    {
+    with_team(c.threads, [&] {
         FlushDenormals flush;
         Worker worker(c, backward);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < c.sequences * c.heads; i++)
+        share(c.sequences * c.heads, [&](int64_t i) {
             backward ? worker.backward(Walk(c, i)) : worker.forward(Walk(c, i));
-    }
+        });
+    });
 }
 
 }  // namespace

@@ -334,22 +334,22 @@ public:
     int64_t numbers() const { return shared.used + own.used * c.threads; }
 
     void operator()() const {
-#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1)
-        {
+        std::atomic<int64_t> next{0};
+        with_team(c.threads, [&] {
             FlushDenormals flush;
-            Space mine{c.space + shared.used + own.used * omp_get_thread_num()};
+            Space mine{c.space + shared.used + own.used * team.thread};
             Worker worker(c, chunks, mine);
             if (c.fused) {
                 const Window w = take_window(mine);
                 const int64_t together = heads_together(c), blocks = (c.key_heads + together - 1) / together;
-#pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < c.sequences * blocks; i++) walk(worker, w, i / blocks, i % blocks * together);
+                share_as_they_come(next, c.sequences * blocks,
+                                   [&](int64_t i) { walk(worker, w, i / blocks, i % blocks * together); });
             } else if (backward) {
                 worker.backward(window, true);
             } else {
                 worker.forward(window, true);
             }
-        }
+        });
     }
 };
 
