@@ -1,40 +1,26 @@
-"""Calls of lightning_attn that must be refused, and how. Each changes a call that works."""
+"""Calls of lightning_attn that must be refused for a reason of their own; `tests.refusals` generates the others."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from tests.cases import Refusal
-from tests.cases_lightning_attn import FORMS
-from tests.refusals_linear_attn import FLOATING, Row, of_activations, of_packs, of_values
-from tests.refusals_simple_gla import by_id, to_meta
+from tests.lightning_attn.cases import FORMS
+from tests.refusals import Refusal, Row, beside_a_batch, by_id, of_chunk_size, of_packs
 
 
 def of_form(form: str) -> list[Refusal]:
     """What every form refuses."""
     found = by_id(form)
-    case, packed = found["several-chunks-ragged-tail"], found["packed-int32-offsets"]
-    value, kind, layer = ValueError, TypeError, r"layer_idx must be in \[0, num_layers\) = \[0, 5\), got"
+    case, value = found["several-chunks-ragged-tail"], ValueError
+    layer = r"layer_idx must be in \[0, num_layers\) = \[0, 5\), got"
     rows: list[Row] = [
-        *of_activations(case, "v"),
-        *of_packs(packed, found["packed-with-empty-and-one-step"]),
-        *of_values(packed, 37),
-        (
-            "state-value-first",
-            case,
-            {"initial_state": lambda x: x.mT},
-            value,
-            r"initial_state must be \[N, H, K, V\] = \(2, 6, 10, 7\), got \(2, 6, 7, 10\)",
-        ),
-        ("integer-state", case, {"initial_state": Tensor.int}, kind, f"initial_state {FLOATING}"),
-        ("state-elsewhere", case, {"initial_state": to_meta}, value, r"initial_state must be on cpu like q, got meta"),
+        *of_packs(found["packed-int32-offsets"]),
+        beside_a_batch(case, "initial_state"),
         ("layer-past-the-last", case, {"layer_idx": 5}, value, f"{layer} 5"),
         ("layer-before-the-first", case, {"layer_idx": -1}, value, f"{layer} -1"),
         ("no-layers", case, {"layer_idx": 0, "num_layers": 0}, value, r"num_layers must be at least 1, got 0"),
         ("slopes-unknown", case, {"slopes": "steep"}, value, r"slopes must be one of linear, alibi, got 'steep'"),
     ]
-    if form != "fused_recurrent_lightning_attn":
-        rows += [("chunk-of-48", case, {"chunk_size": 48}, value, r"chunk_size must be .* from 16 to 256, got 48")]
+    if "chunk_size" in case.declaration.fields:
+        rows += of_chunk_size(case)
     return [Refusal(*row) for row in rows]
 
 
