@@ -206,3 +206,7 @@ class Gradient:
 def written_types(fields: type[Any]) -> dict[str, str]:
     """The annotations of a NamedTuple as they are written."""
     return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in fields.__annotations__.items()}
+
+
+def _default(value: Any) -> str:
+    return f'="{value}"' if isinstance(value, str) else f"={value}"

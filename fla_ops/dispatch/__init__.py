@@ -78,11 +78,11 @@ class Family:
 
         A named form that refuses is an error.
         """
-        for name in ("q", "k", "v"):  # the rest is for the form's operator to check
-            wanted = c.axes[name]
-            x = getattr(c, name)
-            if x.dim() != wanted.count(" ") + 1:
-                raise ValueError(f"{name} must be [{wanted.replace(' ', ', ')}], got ({', '.join(map(str, x.shape))})")
+        for name in ("q", "k", "v", "cu_seqlens"):  # the rest is for the form's operator to check
+            x, wanted = getattr(c, name), c.axes[name].split()
+            if x is not None and x.dim() != len(wanted):
+                pattern = ", ".join(wanted).replace("+", " + ")
+                raise ValueError(f"{name} must be [{pattern}], got ({', '.join(map(str, x.shape))})")
         by_name = {form.name: form for form in self.forms}
         if c.mode not in ("auto", *by_name):
             raise ValueError(f"mode must be auto, {', '.join(by_name)}, got {c.mode!r}")

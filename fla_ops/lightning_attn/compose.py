@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fla_ops.signature import Signature
 from fla_ops.simple_gla import call as simple_gla
-from fla_ops.validation import state_dtype
+from fla_ops.validation import positive, state_dtype
 
 from . import checks
 from .call import Call, Decay, Outputs
@@ -42,6 +42,7 @@ def fused_recurrent(c: Call) -> Outputs:
 
 def _run(c: Call, form: Signature) -> Outputs:
     """One of simple_gla's forms, with this layer's decay in the dtype of the state."""
+    positive("v", c.v.shape[2], "H")
     decays = Decay(c.v.shape[2], c.layer_idx, c.num_layers, c.slopes, state_dtype(c.v), c.v.device)
     shared = {name: getattr(c, name) for name in simple_gla.Call._fields if name in c._fields}
     operator: Any = getattr(torch.ops.fla, form.name)

@@ -12,20 +12,6 @@ from torch import Tensor
 from fla_ops.simple_gla import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
 
-AXES = {
-    "q": "B T HK K",
-    "k": "B T HK K",
-    "v": "B T H V",
-    "g": "B T H",
-    "g_gamma": "H",
-    "initial_state": "N H K V",
-    "cu_seqlens": "N1",
-    "cu_seqlens_cpu": "N1",
-    "o": "B T H V",
-    "final_state": "N H K V",
-    "attn": "B H T T",
-}
-STATE_V_FIRST = AXES | {"initial_state": "N H V K", "final_state": "N H V K"}
 DIFFERENTIABLE = ("q", "k", "v", "g", "g_gamma", "initial_state")
 FORMS = (
     "chunk_simple_gla",
@@ -118,7 +104,6 @@ def case(
         sizes=sizes,
         reference=reference_parallel if parallel else reference_recurrent,
         outputs=("o", "attn" if parallel else "final_state"),
-        axes=STATE_V_FIRST if arguments.get("state_v_first") else AXES,
         differentiable=DIFFERENTIABLE,
         tags=frozenset(tags),
     )
@@ -217,16 +202,6 @@ def register_combinations(operator: str) -> None:
         register(case(operator, "+".join(given) or "bare", given, sizes, (COMBINATION,), chunk_size=16, **flags))
 
 
-STEP_AXES = {
-    "q": "N HK K",
-    "k": "N HK K",
-    "v": "N H V",
-    "state": "P H K V",
-    "g": "N H",
-    "g_gamma": "H",
-    "slots": "N",
-    "o": "N H V",
-}
 STEP_SIZES = {"N": 4, "P": 9, "HK": 3, "H": 6, "K": 5, "V": 7}
 SLOTS = (7, -1, 0, 3, 5, 2, 8)  # of the first N sequences; one of them is padding
 
@@ -286,7 +261,6 @@ def step_case(
         sizes=sizes,
         reference=reference_step,
         outputs=("o", "state"),
-        axes=STEP_AXES | ({} if "slots" in given else {"state": "N H K V"}),
         tags=frozenset(tags),
     )
 

@@ -12,20 +12,6 @@ from torch import Tensor
 from fla_ops.gsa import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
 
-AXES = {
-    "q": "B T HQ K",
-    "k": "B T H K",
-    "v": "B T H V",
-    "s": "B T H M",
-    "g": "B T H M",
-    "initial_k": "N H K M",
-    "initial_v": "N H M V",
-    "cu_seqlens": "N1",
-    "cu_seqlens_cpu": "N1",
-    "o": "B T HQ V",
-    "final_state_k": "N H K M",
-    "final_state_v": "N H M V",
-}
 DIFFERENTIABLE = ("q", "k", "v", "s", "g", "initial_k", "initial_v")
 FORMS = ("chunk_gsa", "fused_recurrent_gsa", "gsa")
 OPTIONAL = ("g", "initial_k", "initial_v", "cu_seqlens", "cu_seqlens_cpu")
@@ -106,8 +92,7 @@ def case(
         build=partial(inputs, given=given, **arguments),
         sizes=sizes,
         reference=reference_recurrent,
-        outputs=("o", "final_state_k", "final_state_v"),
-        axes=AXES,
+        outputs=("o", "final_k", "final_v"),
         differentiable=DIFFERENTIABLE,
         tags=frozenset(tags),
         public=as_pair,
@@ -184,17 +169,6 @@ def register_combinations(operator: str) -> None:
         register(case(operator, "+".join(given) or "bare", given, sizes, (COMBINATION,), chunk_size=16, **flags))
 
 
-STEP_AXES = {
-    "q": "N HQ K",
-    "k": "N H K",
-    "v": "N H V",
-    "s": "N H M",
-    "g": "N H M",
-    "state_k": "P H K M",
-    "state_v": "P H M V",
-    "slots": "N",
-    "o": "N HQ V",
-}
 STEP_SIZES = {"N": 4, "P": 9, "HQ": 6, "H": 3, "K": 5, "V": 7, "M": 8}
 SLOTS = (7, -1, 0, 3, 5, 2, 8)  # of the first N sequences; one of them is padding
 
@@ -255,7 +229,6 @@ def step_case(
         sizes=sizes,
         reference=reference_step,
         outputs=("o", "state_k", "state_v"),
-        axes=STEP_AXES | ({} if "slots" in given else {"state_k": "N H K M", "state_v": "N H M V"}),
         tags=frozenset(tags),
     )
 

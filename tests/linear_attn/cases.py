@@ -12,25 +12,12 @@ from torch import Tensor
 from fla_ops.linear_attn import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
 
-AXES = {
-    "q": "B T HK K",
-    "k": "B T HK K",
-    "v": "B T H V",
-    "initial_state": "N H K V",
-    "initial_z": "N 1 H K",
-    "cu_seqlens": "N1",
-    "cu_seqlens_cpu": "N1",
-    "o": "B T H V",
-    "final_state": "N H K V",
-    "final_z": "N 1 H K",
-    "normalized": "B T H V",
-}
 FORMS = ("chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn", "linear_attn")
 OPTIONAL = ("initial_state", "initial_z", "cu_seqlens", "cu_seqlens_cpu")
 BOTH = ("initial_state", "initial_z")
 
-SIZES = {"1": 1, "B": 2, "T": 37, "HK": 3, "H": 6, "K": 10, "V": 7}
-TINY = {"1": 1, "B": 2, "T": 5, "HK": 3, "H": 6, "K": 9, "V": 7}
+SIZES = {"B": 2, "T": 37, "HK": 3, "H": 6, "K": 10, "V": 7}
+TINY = {"B": 2, "T": 5, "HK": 3, "H": 6, "K": 9, "V": 7}
 PACK = {"B": 1, "offsets": (0, 0, 1, 20, 20, 37)}  # empty first, one step, empty between, ragged
 TINY_PACK = {"B": 1, "offsets": (0, 2, 2, 3, 5)}
 
@@ -115,7 +102,6 @@ def case(
         sizes=sizes,
         reference=reference_of(operator != "fused_recurrent_linear_attn"),
         outputs=("o", "final_state", "final_z"),
-        axes=AXES,
         differentiable=("q", "k", "v", "initial_state", "initial_z"),
         tags=frozenset(tags),
         public=as_pair,
@@ -192,7 +178,6 @@ def normalize_case(
         sizes=sizes,
         reference=reference_normalize,
         outputs=("normalized", "final_z"),
-        axes=AXES,
         differentiable=("q", "k", "o", "initial_z"),
         tags=frozenset(tags),
     )
@@ -225,16 +210,7 @@ def register_normalize() -> None:
         register(normalize_case("+".join(given) or "bare", given, sizes, (COMBINATION,), **flags))
 
 
-STEP_AXES = {
-    "q": "N HK K",
-    "k": "N HK K",
-    "v": "N H V",
-    "state": "P H K V",
-    "z": "P 1 H K",
-    "slots": "N",
-    "o": "N H V",
-}
-STEP_SIZES = {"1": 1, "N": 4, "P": 9, "HK": 3, "H": 6, "K": 5, "V": 7}
+STEP_SIZES = {"N": 4, "P": 9, "HK": 3, "H": 6, "K": 5, "V": 7}
 SLOTS = (7, -1, 0, 3, 5, 2, 8)  # of the first N sequences; one of them is padding
 
 
@@ -289,14 +265,13 @@ def step_case(
         sizes=sizes,
         reference=reference_step,
         outputs=("o", "state", "z"),
-        axes=STEP_AXES | ({} if "slots" in given else {"state": "N H K V", "z": "N 1 H K"}),
         tags=frozenset(tags),
     )
 
 
 def register_steps() -> None:
     """The decode step: pools, slots, padding."""
-    wide = {"1": 1, "N": 2, "P": 2, "HK": 1, "H": 2, "K": 20, "V": 33}
+    wide = {"N": 2, "P": 2, "HK": 1, "H": 2, "K": 20, "V": 33}
     register(
         step_case("pool-with-padding", ("slots",), STEP_SIZES, (INDUCTOR, EXPORT, SMALL), scale=0.3),
         step_case("bfloat16-pool", ("slots",), STEP_SIZES, pool=torch.bfloat16),

@@ -10,23 +10,14 @@ import torch
 from torch import Tensor
 
 from fla_ops.attn import reference
+from fla_ops.attn.call import DECODING_AXES
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
 
-AXES = {
-    "q": "B T HQ K",
-    "k": "B T H K",
-    "v": "B T H V",
-    "g": "B T HQ",
-    "sink_bias": "HQ",
-    "cu_seqlens": "N1",
-    "chunk_indices": "chunks two",
-    "o": "B T HQ V",
-}
 DIFFERENTIABLE = ("q", "k", "v", "g", "sink_bias")
 FORMS = ("parallel_attn", "attn")
 OPTIONAL = ("g", "sink_bias", "cu_seqlens", "chunk_indices")
 
-SIZES = {"B": 2, "T": 37, "H": 3, "HQ": 6, "K": 10, "V": 7, "chunks": 8, "two": 2}
+SIZES = {"B": 2, "T": 37, "H": 3, "HQ": 6, "K": 10, "V": 7, "chunks": 8}
 TINY = SIZES | {"T": 5, "K": 9}
 PACK = {"B": 1, "offsets": (0, 0, 1, 20, 20, 37)}  # empty first, one step, empty between, ragged
 
@@ -78,7 +69,6 @@ def case(
         sizes=sizes,
         reference=reference_parallel,
         outputs=("o",),
-        axes=AXES,
         differentiable=DIFFERENTIABLE,
         tags=frozenset(tags),
     )
@@ -164,15 +154,6 @@ def register_combinations(operator: str) -> None:
         register(case(operator, "+".join(given) or "bare", given, sizes, (COMBINATION,), **others))
 
 
-STEP_AXES = {
-    "q": "B N HQ K",
-    "k": "B T H K",
-    "v": "B T H V",
-    "g": "B T HQ",
-    "sink_bias": "HQ",
-    "cu_seqlens": "N1",
-    "o": "B N HQ V",
-}
 CACHES = {"B": 1, "offsets": (0, 19, 19, 20, 57)}  # ragged, empty, one step, and one of several blocks
 STEP_SIZES = {"H": 3, "HQ": 6, "K": 10, "V": 7, **CACHES}
 
@@ -225,7 +206,7 @@ def step_case(
         sizes=sizes,
         reference=reference_step,
         outputs=("o",),
-        axes=STEP_AXES,
+        axes=DECODING_AXES,
         tags=frozenset(tags),
     )
 

@@ -11,16 +11,6 @@ from torch import Tensor
 from fla_ops.lightning_attn import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
 
-AXES = {
-    "q": "B T HK K",
-    "k": "B T HK K",
-    "v": "B T H V",
-    "initial_state": "N H K V",
-    "cu_seqlens": "N1",
-    "cu_seqlens_cpu": "N1",
-    "o": "B T H V",
-    "final_state": "N H K V",
-}
 FORMS = (
     "chunk_lightning_attn",
     "fused_chunk_lightning_attn",
@@ -85,7 +75,6 @@ def case(
         sizes=sizes,
         reference=reference_recurrent,
         outputs=("o", "final_state"),
-        axes=AXES,
         differentiable=("q", "k", "v", "initial_state"),
         tags=frozenset(tags),
     )
