@@ -79,6 +79,7 @@ struct Worker {
         if (!c.dz) return;
         float* dz = c.dz + (w.sequence * c.heads + w.head) * K;
         std::copy_n(dz, K, z.at);
+        std::fill(z.at + K, z.at + padded(K), 0.f);
         for (int64_t i = w.steps - 1; i >= 0; i--) {
             const int64_t t = w.at(i);
             c.q.load_row(w.batch, t, w.key_head, K, q.at, float(c.scale));

@@ -6,7 +6,7 @@ The C++ kernels compute in float32, and take chunks of at most 64 steps.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "time", "sequences", "key_heads", "heads", "K", "V")),
-        *((name, ctypes.c_int64) for name in ("chunk_size", "fused", "threads")),
+        *((name, ctypes.c_int64) for name in ("chunk_size", "fused", "reverse", "threads")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("offsets", "g", "g_gamma")),
         *((name, compiled.Steps) for name in ("q", "k", "v", "o", "dq", "dk", "dv")),
@@ -34,49 +34,63 @@ class Call(ctypes.Structure):
     )
 
 
-def chunk_forward(*args: Any) -> tuple[Tensor, Tensor | None]:
-    """Each pass over the chunks of all heads at once, their states in memory. The arguments are the operator's."""
-    return _forward(aten.chunk_forward, False, *args)
+def chunk_forward(*args: Any, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Each pass over the chunks of all heads at once, their states in memory. The arguments are the operator's; with
+    reverse=True time runs backwards, and the final state is the one after step 0.
+    """
+    return _forward(aten.chunk_forward, False, reverse, *args)
 
 
-def fused_chunk_forward(*args: Any) -> tuple[Tensor, Tensor | None]:
+def fused_chunk_forward(*args: Any, reverse: bool = False) -> tuple[Tensor, Tensor | None]:
     """A walk along each sequence and head, so that memory beyond the output does not grow with T."""
-    return _forward(aten.fused_chunk_forward, True, *args)
+    return _forward(aten.fused_chunk_forward, True, reverse, *args)
 
 
-def chunk_backward(*args: Any) -> tuple[Tensor | None, ...]:
+def chunk_backward(*args: Any, reverse: bool = False) -> tuple[Tensor | None, ...]:
     """The gradient of chunk_forward; chunk states are computed again, once."""
-    return _backward(aten.chunk_backward, False, *args)
+    return _backward(aten.chunk_backward, False, reverse, *args)
 
 
-def fused_chunk_backward(*args: Any) -> tuple[Tensor | None, ...]:
+def fused_chunk_backward(*args: Any, reverse: bool = False) -> tuple[Tensor | None, ...]:
     """The gradient of fused_chunk_forward: a walk forwards for the states before some chunks, then a walk back."""
-    return _backward(aten.fused_chunk_backward, True, *args)
+    return _backward(aten.fused_chunk_backward, True, reverse, *args)
 
 
-def _forward(otherwise: Callable[..., Any], fused: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
+def _forward(otherwise: Callable[..., Any], fused: bool, reverse: bool, *args: Any) -> tuple[Tensor, Tensor | None]:
     q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, *packing = args
     cu_seqlens, _, chunk_size = packing
     library = compiled.library("simple_gla/cpu/chunk.cpp", v)
     if library is None:
-        result: tuple[Tensor, Tensor | None] = otherwise(*args)
-        return result
+        if not reverse:
+            result: tuple[Tensor, Tensor | None] = otherwise(*args)
+            return result
+        steps, (initial_state,), cu_seqlens = turned((q, k, v, g), (initial_state,), cu_seqlens)
+        options = (scale, initial_state, output_final_state, state_v_first, cu_seqlens, None, chunk_size)
+        o, final = otherwise(*steps, g_gamma, *options)
+        (o,), (final,), _ = turned((o,), (final,), cu_seqlens)
+        return o, final
     checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, *packing)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
-    _run(library, fused, q, k, v, o, g, g_gamma, cu_seqlens, scale, chunk_size, state)
+    _run(library, fused, reverse, q, k, v, o, g, g_gamma, cu_seqlens, scale, chunk_size, state)
     if not output_final_state:
         return o, None
     return o, state.mT.contiguous() if state_v_first else state
 
 
-def _backward(otherwise: Callable[..., Any], fused: bool, *args: Any) -> tuple[Tensor | None, ...]:
+def _backward(otherwise: Callable[..., Any], fused: bool, reverse: bool, *args: Any) -> tuple[Tensor | None, ...]:
     q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, *options = args
     scale, state_v_first, chunk_size, output_mask = options
     library = compiled.library("simple_gla/cpu/chunk.cpp", v)
     if library is None:
-        result: tuple[Tensor | None, ...] = otherwise(*args)
-        return result
+        if not reverse:
+            result: tuple[Tensor | None, ...] = otherwise(*args)
+            return result
+        states = (initial_state, dfinal_state)
+        (*steps, do), (initial_state, dfinal_state), cu_seqlens = turned((q, k, v, g, do), states, cu_seqlens)
+        *grads, dgamma, dstate = otherwise(*steps, g_gamma, initial_state, cu_seqlens, do, dfinal_state, *options)
+        grads, (dstate,), _ = turned(grads, (dstate,), cu_seqlens)
+        return *grads, dgamma, dstate
     need_q, need_k, need_v, need_g, need_gamma, _ = output_mask
     dq, dk, dv = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
@@ -88,13 +102,14 @@ def _backward(otherwise: Callable[..., Any], fused: bool, *args: Any) -> tuple[T
     if any(output_mask[1:]):
         dstate = state_of(dfinal_state, q, v, cu_seqlens, state_v_first)
     state = state_of(initial_state, q, v, cu_seqlens, state_v_first).mT.contiguous()
-    _run(library, fused, q, k, v, do, g, g_gamma, cu_seqlens, scale, chunk_size, state, dstate, dq, dk, dv, dg)
+    _run(library, fused, reverse, q, k, v, do, g, g_gamma, cu_seqlens, scale, chunk_size, state, dstate, dq, dk, dv, dg)
     return dq, dk, dv, *gradients_of(g, g_gamma, initial_state, dg, dstate, state_v_first, output_mask)
 
 
 def _run(
     library: ctypes.CDLL,
     fused: bool,
+    reverse: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,7 +131,7 @@ def _run(
     batch, time, key_heads, width = q.shape
     call = Call(
         *(batch, time, state.shape[0], key_heads, v.shape[2], width, v.shape[3]),
-        *(min(chunk_size, CHUNK), fused, compiled.threads(v.numel() * width)),
+        *(min(chunk_size, CHUNK), fused, reverse, compiled.threads(v.numel() * width)),
         scale_of(q, scale),
         *(compiled.address(x) for x in (offsets, g, g_gamma)),
         *(compiled.steps(x) for x in (q, k, v, o, dq, dk, dv)),
@@ -126,6 +141,19 @@ def _run(
     space = state.new_empty(library.chunk_space(ctypes.byref(call), bool(gradients)))
     call.space = space.data_ptr()
     (library.chunk_backward if gradients else library.chunk_forward)(ctypes.byref(call))
+
+
+def turned(
+    steps: Sequence[Tensor | None], states: Sequence[Tensor | None], cu_seqlens: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """The same sequences with time backwards, for code that only walks forwards: [B, T, ...] from the last step to the
+    first, and so packed sequences with their states [N, ...] from the last to the first.
+    """
+    steps = [None if x is None else x.flip(1) for x in steps]
+    if cu_seqlens is None:
+        return steps, list(states), None
+    states = [None if x is None else x.flip(0) for x in states]
+    return steps, states, (cu_seqlens[-1] - cu_seqlens).flip(0)
 
 
 def state_of(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool) -> Tensor:
