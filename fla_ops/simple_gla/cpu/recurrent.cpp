@@ -24,24 +24,37 @@ struct Call : Walks {
 };
 
 constexpr int WINDOW = 256;  // steps over which the gates' gradient is a running sum
+constexpr int ROWS = 4;  // of a state that advance together, with one sum of outputs
 constexpr int AHEAD = 8;  // rows fetched before their turn: the processor's own prefetching ends at each page
 
-// S <- decay S + k v^T and o += S^T q, for S [K, V] with strides; `column` is a constant where S is dense. Every
-// operation is spelled out, so that both give the same bits.
-template <class T, class Stride>
-void advance(T* state, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
-             Factor decay, int K, int V) {
-    for (int i = 0; i < K; i++) {
-        for (int j = 0; j < V; j += 64 / int(sizeof(T))) __builtin_prefetch(state + (i + AHEAD) * row + j * column, 1);
-        T* __restrict s = state + i * row;
-        const float key = k[i], query = q[i];
+// S <- decay S + k v^T and o += S^T q, for some rows of S [K, V] with strides; `column` is a constant where S is dense.
+// Every operation is spelled out, so that all strides and numbers of rows give the same bits.
+template <int ROWS, class T, class Stride>
+void advance_rows(T* __restrict s, int64_t row, Stride column, const float* k, const float* q,
+                  const float* __restrict v, float* __restrict o, Factor decay, int V) {
 #pragma GCC ivdep
-        for (int j = 0; j < V; j++) {
-            const float before = float(s[j * column]);
-            const float next = std::fma(decay.high, before, std::fma(decay.low, before, key * v[j]));
-            s[j * column] = next;
-            o[j] = std::fma(query, next, o[j]);
+    for (int j = 0; j < V; j++) {
+        float sum = o[j];
+        for (int i = 0; i < ROWS; i++) {
+            const float before = float(s[i * row + j * column]);
+            const float next = std::fma(decay.high, before, std::fma(decay.low, before, k[i] * v[j]));
+            s[i * row + j * column] = next;
+            sum = std::fma(q[i], next, sum);
         }
+        o[j] = sum;
+    }
+}
+
+// All rows: one after the other where S comes from memory, for one step; several at once where it is in the cache.
+template <class T, class Stride>
+void advance(bool cached, T* s, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
+             Factor decay, int K, int V) {
+    int i = 0;
+    for (; cached && i + ROWS <= K; i += ROWS)
+        advance_rows<ROWS>(s + i * row, row, column, k + i, q + i, v, o, decay, V);
+    for (; i < K; i++) {
+        for (int j = 0; j < V; j += 64 / int(sizeof(T))) __builtin_prefetch(s + (i + AHEAD) * row + j * column, 1);
+        advance_rows<1>(s + i * row, row, column, k + i, q + i, v, o, decay, V);
     }
 }
 
@@ -84,7 +97,7 @@ struct Worker {
             if (slot >= 0) {
                 load(w, t);
                 c.state.row(slot, 0, w.head, [&](auto* s, auto column) {
-                    advance(s, c.state.step, column, k.at, q.at, v.at, o.at, Factor(decay_of(w, t)), K, V);
+                    advance(w.steps > 1, s, c.state.step, column, k.at, q.at, v.at, o.at, Factor(decay_of(w, t)), K, V);
                 });
             }
             c.o.store_row(w.batch, t, w.head, V, o.at);
@@ -114,18 +127,21 @@ struct Worker {
             std::copy_n(dstate_of(w) + i * V, V, dstate[i]);
             std::fill(dstate[i] + V, dstate[i] + padded(V), 0.f);
         }
-        double since = 0;
+        double since = 0, decay = 1;  // of the step after
         for (int64_t i = w.steps - 1; i >= 0; i--) {
             const int64_t t = w.at(i);
-            const double decay = decay_of(w, t);
             since += double(reads[i]) - dk_and_dv_of(w, t, Factor(decay));
+            decay = decay_of(w, t);
             if (ends(i)) {
                 since = 0;
                 for (int j = 0; j < K; j++) since += dot(before(i)[j], dstate[j], padded(V));
+                since *= decay;
             }
             if (c.dg) c.dg[gate(w, t)] = decay == 0 ? 0 : float(since);
         }
-        for (int i = 0; i < K; i++) std::copy_n(dstate[i], V, dstate_of(w) + i * V);
+        const Factor first(decay);
+        for (int i = 0; i < K; i++)
+            for (int j = 0; j < V; j++) dstate_of(w)[i * V + j] = first.times(dstate[i][j]);
     }
 
     float* dstate_of(const Walk& w) const { return c.dstate + (w.sequence * c.heads + w.head) * K * V; }
@@ -150,7 +166,7 @@ struct Worker {
         return reads;
     }
 
-    // dS <- dS + q do^T, dk = dS v, dv = dS^T k, dS <- decay dS. Returns k^T dS v of the dS before.
+    // dS <- decay dS + q do^T, dk = dS v, dv = dS^T k. Returns decay k^T dS v of the dS before.
     float dk_and_dv_of(const Walk& w, int64_t t, Factor decay) {
         load(w, t);
         c.o.load_row(w.batch, t, w.head, V, o.at);
@@ -159,12 +175,12 @@ struct Worker {
         for (int i = 0; i < K; i++) {
             Vector sum{};
             for (int j = 0; j < V; j += LANES) {
-                Vector before = read(dstate[i] + j), now = before + q.at[i] * read(o.at + j);
+                Vector before = read(dstate[i] + j), now = decay.times_plus(before, q.at[i] * read(o.at + j));
+                write(dstate[i] + j, now);
                 sum += before * read(v.at + j);
                 write(dv[0] + j, read(dv[0] + j) + k.at[i] * now);
-                write(dstate[i] + j, decay.times(now));
             }
-            row.at[i] = ::sum(sum);
+            row.at[i] = decay.high * ::sum(sum);
         }
         const float writes = dot(k.at, row.at, padded(K)), own = dot(v.at, o.at, padded(V));
         for (int i = 0; i < K; i++) row.at[i] += q.at[i] * own;

@@ -1,0 +1,136 @@
+"""Errors that grow with the length: decays near one, met at every step, and gate gradients, gathered along the steps.
+
+A factor exp(g) rounded to float32 is off by up to 2^-25, in the same direction at every step where g is constant: after
+T steps the state is off by up to T 2^-25. A reference that multiplies by the rounded factor shares the error, so the one
+here sums logarithms in float64 and only then rounds, once a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import fla_ops
+from fla_ops.common.cpu import build as compiled
+from tests import numerics
+from tests.cases import Draw
+from tests.contract.helpers import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="hours in Triton's interpreter")
+
+CHUNK = 64
+FORMS = ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
+Named = dict[str, Tensor | None]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunk form of one sequence [1, T, H, D], T a multiple of CHUNK, in the dtype of q; g [1, T, H] in float64."""
+    queries, keys, values = (x[0].unflatten(0, (-1, CHUNK)).transpose(1, 2) for x in (q, k, v))  # [chunks, H, CHUNK, D]
+    sums = g[0].unflatten(0, (-1, CHUNK)).mT.cumsum(-1)  # [chunks, H, CHUNK]
+    above = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+    within = (sums[..., :, None] - sums[..., None, :]).masked_fill(above, float("-inf")).exp().to(q.dtype)
+    from_start, to_end = sums.exp().to(q.dtype), (sums[..., -1:] - sums).exp().to(q.dtype)
+    added = (keys * to_end[..., None]).mT @ values
+    high = sums[..., -1].exp().to(q.dtype)  # in two parts, as a product in float64 that is rounded once
+    low = (sums[..., -1].exp() - high).to(q.dtype)
+    state, states = torch.zeros_like(added[0]), []
+    for i in range(len(added)):
+        states.append(state)
+        state = state * high[i, :, None, None] + (state * low[i, :, None, None] + added[i])
+    read = (queries * from_start[..., None]) @ torch.stack(states)
+    o = q.shape[3] ** -0.5 * ((queries @ keys.mT * within) @ values + read)
+    return o.transpose(1, 2).flatten(0, 1)[None], state[None]
+
+
+def draw(time: int, heads: int, width: int) -> dict[str, Tensor]:
+    """q, k and v in float32."""
+    normal = Draw(torch.float32, "cpu", 0).normal
+    return {
+        name: normal(name, (1, time, heads, width), std=width**-0.5 if name == "k" else 1.0) for name in ("q", "k", "v")
+    }
+
+
+def with_gradients(function: Callable[..., Any], arguments: dict[str, Tensor], of_state: bool = True) -> Named:
+    """Outputs and the gradients of all arguments, for fixed gradients of the outputs."""
+    leaves = {name: x.detach().requires_grad_() for name, x in arguments.items()}
+    outputs = dict(zip(("o", "final_state"), function(**leaves), strict=True))
+    if not of_state:
+        del outputs["final_state"]
+    arriving = [Draw(y.dtype, "cpu", 1).normal(name, y.shape) for name, y in outputs.items()]
+    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), arriving)
+    return outputs | {f"d{name}": x for name, x in zip(leaves, found, strict=True)}
+
+
+def check(
+    form: Callable[..., Any],
+    arguments: dict[str, Tensor],
+    gate: Callable[[Tensor | None], Tensor] | None = None,
+    gradients: bool = True,
+    reverse: bool = False,
+) -> None:
+    """A form against the naive chunk form in float32 and in float64; `gate` makes g [1, T, H] from the last argument."""
+    *_, last = arguments
+
+    def reference(dtype: torch.dtype) -> Callable[..., Any]:
+        def function(**x: Tensor) -> tuple[Tensor, Tensor]:
+            g = x[last].double() if gate is None else gate(x[last].double())
+            steps = [y.to(dtype) for y in (x["q"], x["k"], x["v"])]
+            if not reverse:
+                return naive(*steps, g)
+            o, state = naive(*(y.flip(1) for y in steps), g.flip(1))
+            return o.flip(1), state
+
+        return function
+
+    def function(**x: Tensor) -> tuple[Tensor, Tensor]:
+        given: Any = {"reverse": True} if reverse else {}
+        return form(**x, **given, output_final_state=True)
+
+    def run(function: Callable[..., Any], arguments: dict[str, Tensor]) -> Named:
+        if gradients:
+            return with_gradients(function, arguments)
+        with torch.no_grad():
+            return dict(zip(("o", "final_state"), function(**arguments), strict=True))
+
+    wide = {name: x.double() for name, x in arguments.items()}
+    found, best = run(function, arguments), run(reference(torch.float32), arguments)
+    numerics.check(found, best, run(reference(torch.float64), wide), torch.float32)
+
+
+@pytest.fixture(params=["compiled", "aten"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the C++ kernels, and as where they do not compile."""
+    if request.param == "compiled":
+        yield request.param
+        return
+    with mock.patch.object(compiled, "library", return_value=None):
+        yield request.param
+
+
+def constant(time: int) -> Callable[[Tensor], Tensor]:
+    """From g_gamma [H] to g [1, T, H]."""
+    return lambda gamma: gamma.expand(1, time, -1)
+
+
+@pytest.mark.parametrize("decay", [-1e-5, -4e-8, 1e-6], ids=["slow", "below-the-spacing-of-floats", "growth"])
+@pytest.mark.parametrize("per_step", [True, False], ids=["per-step", "constant"])
+@pytest.mark.parametrize("form", FORMS)
+def test_decays_near_one(form: str, per_step: bool, decay: float) -> None:
+    time, heads = 1 << 16, 1
+    arguments = draw(time, heads, 16)
+    if per_step:
+        check(getattr(fla_ops, form), arguments | {"g": torch.full((1, time, heads), decay)})
+    else:
+        check(getattr(fla_ops, form), arguments | {"g_gamma": torch.full((heads,), decay)}, constant(time))
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_decays_near_one_without_kernels(form: str) -> None:
+    time = 1 << 16
+    with mock.patch.object(compiled, "library", return_value=None):
+        check(getattr(fla_ops, form), draw(time, 1, 16) | {"g_gamma": torch.tensor([-1e-5])}, constant(time))
