@@ -1,13 +1,13 @@
 """Errors that grow with the length: decays near one, met at every step, and gate gradients, gathered along the steps.
 
-A factor exp(g) rounded to float32 is off by up to 2^-25, in the same direction at every step where g is constant: after
-T steps the state is off by up to T 2^-25. A reference that multiplies by the rounded factor shares the error, so the one
-here sums logarithms in float64 and only then rounds, once a chunk.
+A factor exp(g) rounded to float32 is off by up to 2^-25, where g is constant in the same direction at every step: after
+T steps the state is off by up to T 2^-25. A reference that multiplies by the rounded factor shares the error. The one
+here sums logarithms in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -73,7 +73,7 @@ def check(
     gradients: bool = True,
     reverse: bool = False,
 ) -> None:
-    """A form against the naive chunk form in float32 and in float64; `gate` makes g [1, T, H] from the last argument."""
+    """A form against the naive chunk form, in float32 and in float64; `gate` makes its g from the last argument."""
     *_, last = arguments
 
     def reference(dtype: torch.dtype) -> Callable[..., Any]:
@@ -100,16 +100,6 @@ def check(
     wide = {name: x.double() for name, x in arguments.items()}
     found, best = run(function, arguments), run(reference(torch.float32), arguments)
     numerics.check(found, best, run(reference(torch.float64), wide), torch.float32)
-
-
-@pytest.fixture(params=["compiled", "aten"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With the C++ kernels, and as where they do not compile."""
-    if request.param == "compiled":
-        yield request.param
-        return
-    with mock.patch.object(compiled, "library", return_value=None):
-        yield request.param
 
 
 def constant(time: int) -> Callable[[Tensor], Tensor]:

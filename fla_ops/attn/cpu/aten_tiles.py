@@ -142,7 +142,7 @@ class Run:
         least = (gain - reach).amin(-1, keepdim=True)
         smallest, largest = (x[..., : (b - 1) // COLUMNS + 1] for x in self.extremes)
         dropped = (most + start - smallest < self.floor - 1).all(0).all(0)
-        faint = (least + start - largest < self.floor + 1).any(0).any(0)
+        faint = ~(least + start - largest >= self.floor + 1).all(0).all(0)  # where they are NaN too
         return dropped.tolist(), faint.tolist()
 
     def extended(self, a: int, b: int, low: int, reference: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Run:
         torch.bmm(rows, self.keys[:, first:last].mT, out=x)
         if tile.masked:
             b = a + rows.shape[1] // self.queries.shape[1]
-            x.unflatten(1, (-1, b - a)).add_(self._mask(a, b, first, last))
+            x.unflatten(1, (-1, b - a)).masked_fill_(self._hidden(a, b, first, last), NEVER)
         return x
 
     def diagonal(self, a: int, b: int, reference: Tensor | None) -> Tensor:
@@ -182,7 +182,7 @@ class Run:
             per_head += low[..., :, None] - low[..., None, :]
         if reference is not None:
             per_head.sub_(reference)
-        per_head += self._mask(a, b, a, b)
+        per_head.masked_fill_(self._hidden(a, b, a, b), NEVER)  # what is hidden may be NaN
         return x
 
     def _take(self, rows: int, columns: int) -> Tensor:
@@ -193,8 +193,8 @@ class Run:
         """exp2(x) in place, zero where it is negligible."""
         return (torch.threshold_(x, self.floor, NEVER) if faint else x).exp2_()
 
-    def _mask(self, a: int, b: int, first: int, last: int) -> Tensor:
-        """-inf for pairs of rows a to b and columns first to last that do not see each other, zero for the others."""
+    def _hidden(self, a: int, b: int, first: int, last: int) -> Tensor:
+        """Which pairs of rows a to b and columns first to last do not see each other."""
         row = torch.arange(a, b, device=self.keys.device)[:, None]
         column = torch.arange(first, last, device=self.keys.device)
         hidden = column > row
@@ -202,7 +202,7 @@ class Run:
             hidden |= column <= row - self.window
         if self.since is not None and bool((self.since[..., b - 1] > first).any()):
             hidden = hidden | (column < self.since[..., a:b, None])
-        return self.keys.new_zeros(hidden.shape).masked_fill_(hidden, NEVER)
+        return hidden
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, window: int | None, piece: Piece) -> Run:

@@ -242,10 +242,10 @@ struct Worker : Inputs {
 
     // dg_i is the sum of all that passes the gate of step i: of D_lj (do_l . v_j) (q_l . k_j) over j < i <= l, of what
     // steps from i on read from the state before the chunk, of what earlier ones write to the state after it, and of
-    // d <S, dS'>. From i + 1 to i the sum over pairs changes by the row of i less its column. Pairs of steps on one side
-    // of a gate enter both, as numbers that double holds, and leave no rounding: not dg_i but they may be large.
+    // d <S, dS'>. From i + 1 to i the sum over pairs grows by row i and shrinks by column i. A pair on one side of the
+    // gate is in both, and may be far larger than dg_i: double holds it exactly, so it leaves no rounding behind.
     //
-    // `weights` holds (do_i . v_j) D_ij, `change` what q_i . dq_i and dk, as yet, v. dS': both without the chunk's pairs.
+    // `weights` holds (do_i . v_j) D_ij; `change` holds q_i . dq_i and `dk` dk without the pairs of the chunk.
     void write_dg(const Window& w, int64_t at, int64_t head) {
         const Chunk& chunk = chunks.all[at];
         double since = 0;

@@ -50,7 +50,7 @@ def forward(
 def backward(
     q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
 ):
-    """The state runs again along time, then its gradient against it. No state is kept."""
+    """The state runs again along time, then its gradient against it. With gates, S is kept every 256 steps."""
     library = compiled.library(SOURCE, v)
     if library is None:
         inputs = (q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state)

@@ -1,12 +1,12 @@
 // simple_gla on a CPU, step by step, in float32: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 //
 // One pass over the state per step, so a decode step moves the state once in and once out. The gradient walks twice:
-// along time with S for dq, then against it with the gradient of S for dk and dv; for the gradient of the gates, S is kept
-// before the last of every WINDOW steps.
+// along time with S for dq, then against it with the gradient of S for dk and dv. The gradient of the gates needs S
+// before the last of every WINDOW steps; no other state is kept.
 //
-// exp(g) enters as two floats, so that a decay near one has no bias that grows with the number of steps. What remains is
-// the rounding of S to float32 at every step, which grows with the root of the steps that S remembers; the chunk forms
-// round once a chunk.
+// exp(g) enters as two floats, so that a decay near one has no bias that grows with the number of steps. S itself is
+// rounded to float32 at every step, where the chunk forms round once a chunk: that error grows with the root of the
+// number of steps that S remembers, and a recurrence that stores S in float32 can do no better.
 
 #include "common/cpu/kernels.h"
 
@@ -108,8 +108,8 @@ struct Worker {
     //
     //     exp(g_t) q_t^T S_{t-1} do_t - exp(g_{t+1}) k_t^T dS_{t+1} v_t
     //
-    // neither of which holds what step t writes and reads itself: they are as small as dg. The sum begins afresh, with the
-    // product itself, at the last step of every window.
+    // neither of which holds what step t writes and reads itself: they are as small as dg. At the last step of every
+    // window the sum begins afresh, with the product itself.
     void backward(const Walk& w) {
         std::vector<float> reads(w.steps);  // exp(g_t) q_t^T S_{t-1} do_t
         std::vector<float> kept(c.dg ? (w.steps + WINDOW - 1) / WINDOW * Matrix::numbers(K, V) : 0);
