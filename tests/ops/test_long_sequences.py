@@ -36,12 +36,13 @@ def naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     within = (sums[..., :, None] - sums[..., None, :]).masked_fill(above, float("-inf")).exp().to(q.dtype)
     from_start, to_end = sums.exp().to(q.dtype), (sums[..., -1:] - sums).exp().to(q.dtype)
     added = (keys * to_end[..., None]).mT @ values
-    high = sums[..., -1].exp().to(q.dtype)  # in two parts, as a product in float64 that is rounded once
-    low = (sums[..., -1].exp() - high).to(q.dtype)
+    total = sums[..., -1:, None].exp()
+    high = total.to(q.dtype)  # in two parts: a product in float64 that is rounded once
+    low = (total - high).to(q.dtype)
     state, states = torch.zeros_like(added[0]), []
-    for i in range(len(added)):
+    for i, j, x in zip(*(x.unbind() for x in (high, low, added)), strict=True):
         states.append(state)
-        state = state * high[i, :, None, None] + (state * low[i, :, None, None] + added[i])
+        state = state * i + (state * j + x)
     read = (queries * from_start[..., None]) @ torch.stack(states)
     o = q.shape[3] ** -0.5 * ((queries @ keys.mT * within) @ values + read)
     return o.transpose(1, 2).flatten(0, 1)[None], state[None]
@@ -124,3 +125,37 @@ def test_decays_near_one_without_kernels(form: str) -> None:
     time = 1 << 16
     with mock.patch.object(compiled, "library", return_value=None):
         check(getattr(fla_ops, form), draw(time, 1, 16) | {"g_gamma": torch.tensor([-1e-5])}, constant(time))
+
+
+@pytest.mark.parametrize("decay", [-3.0, -8.0, -0.1], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, "fused_recurrent-in-reverse"])
+def test_gradients_of_gates(form: str, decay: float) -> None:
+    """They are exp(g) times smaller than the terms q . dq and k . dk, whose difference they are the sum of."""
+    name, reverse = (FORMS[2], True) if form.endswith("reverse") else (form, False)
+    arguments = draw(4096, 2, 16)
+    check(getattr(fla_ops, name), arguments | {"g": torch.full((1, 4096, 2), decay)}, reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "in-reverse"])
+def test_gradients_of_gates_without_kernels(reverse: bool) -> None:
+    with mock.patch.object(compiled, "library", return_value=None):
+        arguments = draw(1024, 2, 16) | {"g": torch.full((1, 1024, 2), -3.0)}
+        check(fla_ops.fused_recurrent_simple_gla, arguments, reverse=reverse)
+
+
+@pytest.mark.parametrize("form", ["chunk", "fused_chunk", "fused_recurrent"])
+def test_alibi_slopes_of_a_late_layer(form: str) -> None:
+    time, layer = 1 << 16, {"layer_idx": 79, "num_layers": 80}
+    slopes = fla_ops.lightning_decay(2, **layer, slopes="alibi")
+
+    def function(**given: Any) -> tuple[Tensor, Tensor]:
+        return getattr(fla_ops, f"{form}_lightning_attn")(**given, **layer, slopes="alibi")
+
+    check(function, draw(time, 2, 16), lambda _: slopes.double().expand(1, time, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_a_million_steps(form: str) -> None:
+    time = 1 << 20
+    check(getattr(fla_ops, form), draw(time, 1, 16) | {"g_gamma": torch.tensor([-4e-8])}, constant(time))

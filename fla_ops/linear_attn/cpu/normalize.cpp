@@ -8,7 +8,7 @@
 
 namespace {
 
-// The arguments of all operators, as host.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of all operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
 struct Call : Walks {
     Steps q, k, o, y;        // backward, o is the gradient of y
     Steps z;                 // [P, 1, H, K]: the sum before the first step, and forward then after the last

@@ -9,7 +9,7 @@ constexpr double RESET = 9.36e-14;  // exp(-30): a step that decays as strongly 
 constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
 constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
-// The arguments of both operators, as host.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of both operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
 struct Call {
     int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, fused, reverse, threads;
     double scale;

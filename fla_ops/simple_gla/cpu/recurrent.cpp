@@ -12,7 +12,7 @@
 
 namespace {
 
-// The arguments of all operators, as host_recurrent.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of all operators, as cpp_recurrent.py passes them. Pointers are null where there is nothing to pass.
 struct Call : Walks {
     const float* g;          // [B, T, H]
     const float* g_gamma;    // [H]
