@@ -158,4 +158,5 @@ def test_alibi_slopes_of_a_late_layer(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_a_million_steps(form: str) -> None:
     time = 1 << 20
-    check(getattr(fla_ops, form), draw(time, 1, 16) | {"g_gamma": torch.tensor([-4e-8])}, constant(time))
+    arguments = draw(time, 1, 16) | {"g_gamma": torch.tensor([-4e-8])}
+    check(getattr(fla_ops, form), arguments, constant(time), gradients=False)

@@ -181,7 +181,7 @@ def backward(q, k, v, g, g_gamma, cu_seqlens, do, dattn, scale, output_mask):
         product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
     if need_gate:
         dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, index, None, cu_seqlens, False, dtype)
+        dg = gate_gradient(q, k, dq, dk, decay, index, cu_seqlens, dtype)
     return (
         group_sum(dq, q) if need_q else None,
         group_sum(dk, k) if need_k else None,
