@@ -141,8 +141,8 @@ class Run:
         least = (gain - reach).amin(-1, keepdim=True)
         smallest, largest = (x[..., : (b - 1) // COLUMNS + 1] for x in self.extremes)
         dropped = (most + start - smallest < self.floor - 1).all(0).all(0)
-        none = (least + start - largest >= self.floor + 1).all(0).all(0)
-        return dropped.tolist(), (~none).tolist()
+        visible = (least + start - largest >= self.floor + 1).all(0).all(0)
+        return dropped.tolist(), (~visible).tolist()
 
     def extended(self, a: int, b: int, low: int, reference: Tensor) -> Tensor:
         """Queries [P, G * rows, K + channels] whose products with keys `low` to `a` are scores less `reference`."""
@@ -165,7 +165,7 @@ class Run:
         torch.bmm(rows, self.keys[:, first:last].mT, out=x)
         if tile.masked:
             b = a + rows.shape[1] // self.queries.shape[1]
-            x.unflatten(1, (-1, b - a)).add_(self._mask(a, b, first, last))
+            x.unflatten(1, (-1, b - a)).masked_fill_(self._hidden(a, b, first, last), NEVER)
         return x
 
     def diagonal(self, a: int, b: int, reference: Tensor | None) -> Tensor:
@@ -183,8 +183,7 @@ class Run:
             per_head += low[..., :, None] - low[..., None, :]
         if reference is not None:
             per_head.sub_(reference)
-        per_head.tril_()  # a NaN beyond a row, from a gate say, does not become its own
-        per_head += self._mask(a, b, a, b)
+        per_head.masked_fill_(self._hidden(a, b, a, b), NEVER)  # what is hidden may be NaN
         return x
 
     def _take(self, rows: int, columns: int) -> Tensor:
@@ -195,8 +194,8 @@ class Run:
         """exp2(x) in place; zero where it is negligible, if some may be."""
         return (torch.threshold_(x, self.floor, NEVER) if negligible else x).exp2_()
 
-    def _mask(self, a: int, b: int, first: int, last: int) -> Tensor:
-        """-inf for pairs of rows a to b and columns first to last that do not see each other, zero for the others."""
+    def _hidden(self, a: int, b: int, first: int, last: int) -> Tensor:
+        """Which pairs of rows a to b and columns first to last do not see each other."""
         row = torch.arange(a, b, device=self.keys.device)[:, None]
         column = torch.arange(first, last, device=self.keys.device)
         hidden = column > row
@@ -204,7 +203,7 @@ class Run:
             hidden |= column <= row - self.window
         if self.since is not None and bool((self.since[..., b - 1] > first).any()):
             hidden = hidden | (column < self.since[..., a:b, None])
-        return self.keys.new_zeros(hidden.shape).masked_fill_(hidden, NEVER)
+        return hidden
 
 
 def prepare(c: Call, piece: Piece) -> Run:

@@ -24,7 +24,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "time", "sequences", "key_heads", "heads", "K", "V")),
-        *((name, ctypes.c_int64) for name in ("chunk_size", "fused", "threads")),
+        *((name, ctypes.c_int64) for name in ("chunk_size", "fused", "reverse", "threads")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("offsets", "g", "g_gamma")),
         *((name, build.Steps) for name in ("q", "k", "v", "o", "dq", "dk", "dv")),
@@ -98,7 +98,7 @@ def _run(
     batch, time, key_heads, width = c.q.shape
     arguments = Arguments(
         *(batch, time, state.shape[0], key_heads, c.v.shape[2], width, c.v.shape[3]),
-        *(min(c.chunk_size, CHUNK), fused, build.threads(c.v.numel() * width)),
+        *(min(c.chunk_size, CHUNK), fused, c.reverse, build.threads(c.v.numel() * width)),
         c.factor,
         *(build.address(x) for x in (offsets, g, g_gamma)),
         *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv)),

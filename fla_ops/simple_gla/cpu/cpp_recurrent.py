@@ -44,7 +44,7 @@ def forward(c: Call) -> Outputs:
 
 
 def backward(c: Call, d: Outputs, need: Need) -> Gradients:
-    """The state runs again along time, then its gradient against it. No state is kept."""
+    """The state runs again along time, then its gradient against it. With gates, S is kept every 256 steps."""
     library = build.library(SOURCE, c.v)
     if library is None:
         return aten_recurrent.backward(c, d, need)

@@ -133,7 +133,7 @@ def chunk_backward_kernel(
     v += head * V
     do += head * V
     matrix = row * H + head
-    decay, from_start, to_end, total = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    decay, from_start, to_end, total, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     if dv is not None:
         value_gradient(
             q, k, do, dstates, dv + head * V, decay, to_end, scale, matrix, first, steps,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import contiguous, refuse_float64
-from fla_ops.common.gpu.gates import gate
+from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
 from fla_ops.common.gpu.tiles import nearest, split_program
 
 from .. import checks
@@ -36,11 +36,11 @@ def decoding_kernel(
             nothing = tl.where(slot == -1, 0.0, float("nan"))
             tl.store(at_o, tl.zeros([BV], tl.float32) + nothing, mask=in_value)
             return
-    decay = 1.0
+    decay, rest = 1.0, 0.0
     if DECAY == "step":
-        decay = tl.exp(tl.load(g + n * H + head).to(tl.float32))
+        decay, rest = factor(tl.load(g + n * H + head).to(tl.float32) * LOG2E)
     elif DECAY == "head":
-        decay = tl.exp(tl.load(g + head).to(tl.float32))
+        decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
     values = tl.load(v + (n * H + head) * V + value, mask=in_value, other=0.0).to(tl.float32)
     at_key = (n * HK + head // (H // HK)) * K
     at_state = state + slot * stride_p + head.to(tl.int64) * stride_h
@@ -51,7 +51,8 @@ def decoding_kernel(
         keys = tl.load(k + at_key + key, mask=key < K, other=0.0).to(tl.float32)
         inside = (key < K)[:, None] & in_value[None, :]
         at = at_state + key[:, None].to(tl.int64) * stride_k + value[None, :].to(tl.int64) * stride_v
-        tile = tl.load(at, mask=inside, other=0.0).to(tl.float32) * decay + keys[:, None] * values[None, :]
+        tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tile = advance(tile, decay, rest, keys[:, None] * values[None, :], DECAY)
         tl.store(at, nearest(tile, state.dtype.element_ty), mask=inside)
         out += tl.sum(tile * queries[:, None], 0)
     tl.store(at_o, nearest(out * scale, o.dtype.element_ty), mask=in_value)

@@ -183,7 +183,7 @@ def backward(c: Call, d: Weighted, need: WeightsNeed):
         product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
     if need_gate:
         dtype = c.g.dtype if need.g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, index, None, cu_seqlens, False, dtype)
+        dg = gate_gradient(q, k, dq, dk, decay, index, cu_seqlens, dtype)
     return (
         group_sum(dq, q) if need.q else None,
         group_sum(dk, k) if need.k else None,
