@@ -139,14 +139,17 @@ class Gradient:
     kept: tuple[str, ...] = ()
 
     _picks: tuple[Any, ...] = field(init=False)
+    _absent: tuple[Any, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Save every input tensor, and what is kept, unless told; find the arguments' positions."""
         if not self.saved:
             inputs = tuple(name for name in self.of.tensors if name != "cu_seqlens_cpu")
             object.__setattr__(self, "saved", (*inputs, *self.kept))
-        given = self.arguments[:-1]
-        call = tuple(given.index(name) if name in given else -1 for name in self.of.call._fields)
+        given, fields = self.arguments[:-1], self.of.call._fields
+        call = tuple(given.index(x) if x in given else len(given) + i for i, x in enumerate(fields))
+        defaults = (self.of.call._field_defaults.get(name) for name in fields)
+        object.__setattr__(self, "_absent", (*defaults, None))  # the last, at -1, stands for an output's tensor
         outputs = self.of.outputs._fields
         gradients, saved = (
             tuple(given.index(prefix + name) if prefix + name in given else -1 for name in outputs)
@@ -197,7 +200,7 @@ class Gradient:
         there are any.
         """
         *given, mask = arguments
-        given.append(None)  # stands for what is not given, at position -1
+        given += self._absent
         call, gradients, saved = ([given[i] for i in positions] for positions in self._picks)
         parts = (self.of.call._make(call), self.of.outputs._make(gradients), self.need._make(mask))
         return (*parts, self.of.outputs._make(saved)) if self.saved_outputs else parts

@@ -30,28 +30,28 @@ def chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, None]: ...  # fmt: skip
 @overload
 def chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, reverse: bool = False,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 @public
 def chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Chunkwise form: a state pass over the chunks, then all chunks in parallel. For training and prefill.
 
@@ -60,13 +60,14 @@ def chunk_simple_gla(
             as `help(fla_ops.simple_gla)` says.
         chunk_size: steps in a chunk, a power of two from 16 to 256. A matter of speed, not of the result: a kernel
             may cut a chunk into smaller tiles.
+        reverse: run time backwards, S_t = exp(g_t) S_{t+1} + k_t v_t^T; the final state is the one after step 0.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        steps_or_default(chunk_size),
+        steps_or_default(chunk_size), reverse,
     )  # fmt: skip
     return o, final_state
 
@@ -76,28 +77,28 @@ def fused_chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, None]: ...  # fmt: skip
 @overload
 def fused_chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, reverse: bool = False,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def fused_chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 @public
 def fused_chunk_simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
     state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 64, *, reverse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Chunkwise form in one pass: each sequence and head walks its chunks with the state at hand. For many heads, or
     little memory.
@@ -106,7 +107,7 @@ def fused_chunk_simple_gla(
     """
     o, final_state = torch.ops.fla.fused_chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        steps_or_default(chunk_size),
+        steps_or_default(chunk_size), reverse,
     )  # fmt: skip
     return o, final_state
 

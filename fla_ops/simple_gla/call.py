@@ -71,11 +71,25 @@ class Call(NamedTuple):
         """N, the sequences of the batch or of the pack."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
+    def turned(self) -> Call:
+        """The same call with time the other way: steps from the last to the first, and so packed sequences."""
+        q, k, v = self.q.flip(1), self.k.flip(1), self.v.flip(1)
+        call = self._replace(q=q, k=k, v=v, g=flipped(self.g, 1), reverse=not self.reverse)
+        if self.cu_seqlens is None:
+            return call
+        offsets = (self.cu_seqlens[-1] - self.cu_seqlens).flip(0)
+        return call._replace(initial_state=flipped(self.initial_state, 0), cu_seqlens=offsets, cu_seqlens_cpu=None)
+
     @property
     def state_shape(self) -> tuple[Size, ...]:
         """[N, H, K, V], or [N, H, V, K] with state_v_first."""
         widths = (self.q.shape[3], self.v.shape[3])
         return (self.sequences, self.v.shape[2], *(widths[::-1] if self.state_v_first else widths))
+
+
+def flipped(x: Tensor | None, axis: int) -> Tensor | None:
+    """A tensor that may be absent, from its end to its start."""
+    return None if x is None else x.flip(axis)
 
 
 class Step(NamedTuple):
@@ -106,6 +120,10 @@ class Outputs(NamedTuple):
 
     o: Tensor
     final_state: Tensor | None
+
+    def turned(self, packed: bool) -> Outputs:
+        """Those of a call with time the other way."""
+        return Outputs(self.o.flip(1), flipped(self.final_state, 0) if packed else self.final_state)
 
 
 class Weighted(NamedTuple):
@@ -139,8 +157,14 @@ class WeightsNeed(NamedTuple):
     g_gamma: bool
 
 
-CHUNK = Signature("chunk_simple_gla", Call, Outputs, without=("reverse", "output_attentions", "mode"))
-FUSED_CHUNK = Signature("fused_chunk_simple_gla", Call, Outputs, without=CHUNK.without)
+def turned_gradients(found: Gradients, packed: bool) -> Gradients:
+    """The gradients of a call with time the other way: of q, k, v and g, of g_gamma, of the initial state."""
+    dg_gamma, dstate = found[4:]
+    return (*(flipped(x, 1) for x in found[:4]), dg_gamma, flipped(dstate, 0) if packed else dstate)
+
+
+CHUNK = Signature("chunk_simple_gla", Call, Outputs, without=("output_attentions", "mode"), last=("reverse",))
+FUSED_CHUNK = Signature("fused_chunk_simple_gla", Call, Outputs, without=CHUNK.without, last=CHUNK.last)
 RECURRENT = Signature("fused_recurrent_simple_gla", Call, Outputs, without=("output_attentions", "chunk_size", "mode"))
 PARALLEL = Signature(
     "parallel_simple_gla",

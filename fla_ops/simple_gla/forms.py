@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fla_ops import launch
-from fla_ops.dispatch import Family, Form, known, refuse_reverse, wants_gradient
+from fla_ops.dispatch import Family, Form, known, wants_gradient
 from fla_ops.dispatch.crossovers import crossovers
 
 from . import call, checks
@@ -19,7 +19,7 @@ def refuse_parallel(c: Call) -> list[str]:
     """The quadratic form runs along time, from no state to no state."""
     state = c.initial_state is not None or c.output_final_state
     return [
-        *refuse_reverse(c),
+        *["reverse=True runs time backwards, which the quadratic form does not"] * c.reverse,
         *["the quadratic form has no state: initial_state and output_final_state need another form"] * state,
     ]
 
@@ -60,8 +60,8 @@ def _enough_heads(c: Any, heads: int) -> Any:
 FAMILY = Family(
     signature=call.DISPATCHER,
     forms=(
-        Form("chunk", call.CHUNK, refuse_reverse),
-        Form("fused_chunk", call.FUSED_CHUNK, refuse_reverse, note_chunk_kernels),
+        Form("chunk", call.CHUNK),
+        Form("fused_chunk", call.FUSED_CHUNK, note=note_chunk_kernels),
         Form("fused_recurrent", call.RECURRENT),
         Form("parallel", call.PARALLEL, refuse_parallel),
     ),

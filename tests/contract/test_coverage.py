@@ -50,9 +50,8 @@ def test_every_tensor_argument_has_refusals(operator: fla_ops.Operator) -> None:
     rows = [r for r in refusals() if r.case.operator == operator.name]
     for name in operator.declaration.tensors:
         pairs = [(r.case, r.case.inputs()[name], r.inputs()[name]) for r in rows if list(r.change) == [name] and r.kind]
-        for kind in ("device", "dtype", "ndim"):
-            if all(getattr(x, kind) == getattr(y, kind) for _, x, y in pairs):
-                lacking.append(f"{name} of another {kind}")
+        kinds = (k for k in ("device", "dtype", "ndim") if all(getattr(x, k) == getattr(y, k) for _, x, y in pairs))
+        lacking += [f"{name} of another {kind}" for kind in kinds]
         case, x, _ = pairs[0]
         changed = {i for _, _, y in pairs if y.dim() == x.dim() for i in range(x.dim()) if y.shape[i] != x.shape[i]}
         own = {letter for letter in letters_of(case.axes[name]) if not shared(case, name, letter)}

@@ -175,7 +175,6 @@ def register_scenarios(operator: str) -> None:
             add("state-value-first", all_of_it, SIZES, (SMALL,), **full, state_v_first=True),
             add("output-only", ("g", "initial_state"), SIZES, chunk_size=32),
         )
-    if operator in ("fused_recurrent_simple_gla", "simple_gla"):
         register(
             add("reverse", all_of_it, SIZES, (SMALL,), **full, reverse=True),
             add("reverse-packed", ("g", "initial_state", "cu_seqlens"), SIZES | PACK, **full, reverse=True),
@@ -194,7 +193,7 @@ def register_combinations(operator: str) -> None:
             flags["scale"] = 0.3
         if i % 4 > 1:
             flags["state_v_first"] = True
-        if operator in ("fused_recurrent_simple_gla", "simple_gla") and i % 5 == 0:
+        if operator != "parallel_simple_gla" and i % 5 == 0:
             flags["reverse"] = True
         if operator == "simple_gla" and i % 5 in (1, 2):
             flags["mode"] = ("chunk", "fused_chunk")[i % 5 - 1]

@@ -37,8 +37,6 @@ def of_dispatcher() -> list[Refusal]:
     both = f"{backwards}.*; {state}"
     return [
         Refusal("mode-unknown", gated, {"mode": "fast"}, ValueError, r"mode must be auto, chunk, .*, got 'fast'"),
-        Refusal("chunk-reversed", gated, {"mode": "chunk", "reverse": True}, refused, f"mode='chunk': {backwards}"),
-        Refusal("fused-reversed", gated, {"mode": "fused_chunk", "reverse": True}, refused, backwards),
         Refusal("parallel-with-state", gated, {"mode": "parallel"}, refused, f"mode='parallel': {state}"),
         Refusal("parallel-reversed-with-state", gated, {"mode": "parallel", "reverse": True}, refused, both),
     ]

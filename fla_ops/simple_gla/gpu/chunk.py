@@ -19,7 +19,7 @@ from fla_ops.common.gpu.gates import block_decay, gate
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
-from ..call import Call
+from ..call import Call, Outputs
 from .chunk_backward import backward
 from .chunk_states import chunk_states
 
@@ -63,6 +63,8 @@ def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
     checks.launch(c)
     refuse_float64(c.q)
+    if c.reverse:
+        return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
     check_offsets(c)
     c = contiguous(c)
     q, k, v, cu_seqlens = c.q, c.k, c.v, c.cu_seqlens

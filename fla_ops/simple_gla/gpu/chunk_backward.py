@@ -29,7 +29,7 @@ from fla_ops.common.gpu.gates import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
-from ..call import Call, Need, Outputs
+from ..call import Call, Need, Outputs, turned_gradients
 from .chunk_states import chunk_states
 
 
@@ -155,6 +155,9 @@ def chunk_backward_kernel(
 
 def backward(c: Call, d: Outputs, need: Need):
     """The gradients that are needed, each in its input's dtype."""
+    if c.reverse:
+        packed = c.cu_seqlens is not None
+        return turned_gradients(backward(c.turned(), d.turned(packed), need), packed)
     c, d = contiguous(c), contiguous(d)
     q, k, v, do, cu_seqlens = c.q, c.k, c.v, d.o, c.cu_seqlens
     batch, time, key_heads, key_width = q.shape

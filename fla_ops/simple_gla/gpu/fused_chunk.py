@@ -25,7 +25,7 @@ from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
-from ..call import Call, Need, Outputs
+from ..call import Call, Need, Outputs, turned_gradients
 from . import chunk
 
 
@@ -107,6 +107,8 @@ def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
     checks.launch(c)
     refuse_float64(c.q)
+    if c.reverse:
+        return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
     if not launch.covers("fused_chunk", c.q, c.q.shape[3]):
         return chunk.forward(c)
     check_offsets(c)
@@ -122,6 +124,9 @@ def forward(c: Call):
 
 def backward(c: Call, d: Outputs, need: Need):
     """The gradients that are needed, each in its input's dtype."""
+    if c.reverse:
+        packed = c.cu_seqlens is not None
+        return turned_gradients(backward(c.turned(), d.turned(packed), need), packed)
     if need.g or need.g_gamma or not launch.covers("fused_chunk", c.q, max(c.q.shape[3], c.v.shape[3])):
         return chunk.backward(c, d, need)
     c, d = contiguous(c), contiguous(d)
