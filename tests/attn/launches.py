@@ -3,60 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from fla_ops.attn import outputs
+from fla_ops.attn.call import DECODING, Call, Need
 from fla_ops.attn.gpu import decoding, parallel, parallel_backward
 
 SIZES = {"batch": 1, "time": 256, "query_heads": 4, "heads": 2}  # widths decide, and whether a size divides by 16
 WINDOW = 100
 
 
-@dataclass(frozen=True)
-class Inputs:
+def call(dtype: torch.dtype, key_width: int, value_width: int) -> Call:
     """Arguments of one call, on the host."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    sink_bias: Tensor
-    o: Tensor
-    lse: Tensor
-
-
-def inputs(dtype: torch.dtype, key_width: int, value_width: int) -> Inputs:
     batch, time, query_heads, heads = SIZES.values()
-    return Inputs(
+    return Call(
         q=torch.zeros(batch, time, query_heads, key_width, dtype=dtype),
         k=torch.zeros(batch, time, heads, key_width, dtype=dtype),
         v=torch.zeros(batch, time, heads, value_width, dtype=dtype),
         g=torch.zeros(batch, time, query_heads),
+        window_size=WINDOW,
         sink_bias=torch.zeros(query_heads),
-        o=torch.zeros(batch, time, query_heads, value_width, dtype=dtype),
-        lse=torch.zeros(batch, time, query_heads),
+        output_rest=True,
     )
 
 
 def forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    parallel.forward(x.q, x.k, x.v, x.g, None, WINDOW, None, None, x.sink_bias, True)
+    parallel.forward(call(dtype, key_width, value_width))
 
 
 def backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    rest = None if dtype is torch.float32 else x.o
-    parallel_backward.backward(
-        x.q, x.k, x.v, x.g, x.sink_bias, None, x.o, x.lse, rest, x.o, x.lse, None, WINDOW, [True] * 5
-    )
+    c = call(dtype, key_width, value_width)
+    saved = outputs.empty(c)
+    parallel_backward.backward(c, saved._replace(rest=None), Need(True, True, True, True, True), saved)
 
 
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    offsets = torch.tensor([0, SIZES["time"]])
-    decoding.one_step(x.q[:, :1], x.k, x.v, x.g, None, offsets, False, x.sink_bias, WINDOW)
+    c = call(dtype, key_width, value_width)
+    c = c._replace(q=c.q[:, :1], cu_seqlens=torch.tensor([0, SIZES["time"]]))
+    decoding.one_step(DECODING.call_of(DECODING.arguments_of(c)))
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {

@@ -82,6 +82,31 @@ def test_window_of_one_gives_the_values() -> None:
     numerics.close(fla_ops.parallel_attn(**x, window_size=1), x["v"].repeat_interleave(HQ // H, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_of_none_leaves_the_sinks(dtype: torch.dtype) -> None:
+    x = {name: y.to(dtype).requires_grad_() for name, y in inputs().items()}
+    sink = draw(HQ, seed=5).float().requires_grad_()
+    o, lse, rest = forward(x, window_size=0, sink_bias=sink, output_rest=True)
+    assert not o.any()
+    assert (rest is not None) == (dtype is torch.bfloat16)
+    assert rest is None or not rest.any()
+    assert torch.equal(lse, sink.expand_as(lse))
+    arriving = draw(*lse.shape, seed=6).float()
+    *found, dsink = torch.autograd.grad([o, lse], [*x.values(), sink], [torch.ones_like(o), arriving])
+    assert not any(y.any() for y in found)
+    numerics.close(dsink, arriving.sum((0, 1)))
+    assert forward(x, window_size=0)[1].isneginf().all()
+
+
+def test_a_window_of_none_does_not_hide_wrong_offsets() -> None:
+    x, offsets = {name: y.float() for name, y in caches(4, 9)[0].items()}, torch.tensor([0, 4, 12])
+    with pytest.raises(ValueError, match="must end at T = 13, got 12"):
+        fla_ops.attn_decoding_one_step(**x, cu_seqlens=offsets, window_size=0)
+    x["q"] = draw(1, 13, HQ, K).float()
+    with pytest.raises(ValueError, match="must end at T = 13, got 12"):
+        fla_ops.parallel_attn(**x, cu_seqlens=offsets, window_size=0)
+
+
 def forward(x: dict[str, Tensor], **others: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operator behind parallel_attn, with what it keeps for the gradient."""
     return torch.ops.fla.parallel_attn_forward(**x, **others)  # type: ignore[no-any-return]
@@ -264,6 +289,8 @@ def test_explanations() -> None:
     x, _, offsets = caches(4, 9)
     assert fla_ops.explain(fla_ops.attn, **x, cu_seqlens=offsets).form.name == "decoding"
     assert "q has 2 steps and k has 13" in str(fla_ops.explain(fla_ops.attn, **x, cu_seqlens=offsets))
+    with pytest.raises(ValueError, match=r"g must be \[1, T, HQ\] = \(1, 13, 6\), got \(1, 13, 3\)"):
+        fla_ops.explain(fla_ops.attn, **x, g=draw(1, 13, H), cu_seqlens=offsets)
     whole = inputs()
     assert fla_ops.explain(fla_ops.attn, **whole).form.name == "parallel"
     assert "decoding refuses: decoding needs cu_seqlens" in str(fla_ops.explain(fla_ops.attn, **whole))

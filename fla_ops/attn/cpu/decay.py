@@ -1,4 +1,4 @@
-"""Running sums of log decays, and which keys a step still sees."""
+"""Running sums of log decays, which keys a step still sees, and the gradient that comes back through the sums."""
 
 from __future__ import annotations
 
