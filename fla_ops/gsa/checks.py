@@ -8,11 +8,12 @@ from fla_ops import validation as valid
 
 from .call import Call, Step
 
+GROUPED = ("q", "HQ", "k, v, s and g", "H")  # each head of these serves HQ // H query heads
+
 
 def inputs(c: Call) -> valid.Sizes:
     """Raise ValueError or TypeError unless the arguments describe one call; sizes may be symbolic."""
-    sizes = valid.axes(c)
-    valid.multiple("q", sizes["HQ"], "k, v, s and g", sizes["H"])
+    sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
     valid.floating(s=c.s, g=c.g, initial_k=c.initial_k, initial_v=c.initial_v)
     valid.same_device(c)
@@ -25,8 +26,7 @@ def inputs(c: Call) -> valid.Sizes:
 
 def step(c: Step) -> valid.Sizes:
     """The arguments of one decode step; sizes may be symbolic."""
-    sizes = valid.axes(c)
-    valid.multiple("q", sizes["HQ"], "k, v, s and g", sizes["H"])
+    sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
     valid.floating(s=c.s, g=c.g)
     valid.pools(c, "state_k", "state_v")
@@ -35,4 +35,4 @@ def step(c: Step) -> valid.Sizes:
 
 
 launch = valid.once(inputs)
-launch_step = valid.once(step)
+launch_step = valid.once(step, pools=("state_k", "state_v"))

@@ -170,3 +170,31 @@ def test_a_step_with_a_gate_that_is_no_number_stays_in_its_sequence() -> None:
     assert same_bits(found[0], o[0])
     assert same_bits(found[2], o[2])
     assert found[1].isnan().any()
+
+
+def shared_pools() -> list[Any]:
+    """Pools in which an element lies twice, or that lie in one another."""
+    n, heads, width = 3, 2, 4
+    memory = torch.zeros(2 * n * heads * width * width)
+    first, second = memory[: n * heads * width * width], memory[n * heads * width * width - 1 : -1]
+    keys, values, shifted = (x.view(n, heads, width, width) for x in (first, second, second.clone()))
+    return [
+        pytest.param(keys, keys, "state_[kv] and state_[kv]", id="one-tensor-for-both"),
+        pytest.param(keys, values, "state_[kv] and state_[kv]", id="pools-that-overlap"),
+        pytest.param(keys, keys.mT, "state_[kv] and state_[kv]", id="another-view-of-the-same-memory"),
+        pytest.param(keys[:1].expand(n, -1, -1, -1), shifted, "state_k", id="one-row-for-all"),
+        pytest.param(
+            keys, shifted.as_strided(keys.shape, (3, 12, 2, 1)), "state_v", id="rows-that-begin-inside-one-another"
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("state_k", "state_v", "which"), shared_pools())
+def test_pools_that_share_memory_are_refused(state_k: Tensor, state_v: Tensor, which: str) -> None:
+    """Nothing is updated, and a call of the same shapes that was accepted before makes no difference."""
+    arguments = {name: x[:, 0] for name, x in inputs(T=1, HQ=2, K=4, V=4, M=4).items()}
+    fla_ops.gsa_step_(**arguments, state_k=torch.zeros(3, 2, 4, 4), state_v=torch.zeros(3, 2, 4, 4))
+    with pytest.raises(ValueError, match=f"{which} (is|are) updated in place"):
+        fla_ops.gsa_step_(**arguments, state_k=state_k, state_v=state_v)
+    assert not state_k.any()
+    assert not state_v.any()
