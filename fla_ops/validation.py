@@ -102,7 +102,8 @@ def once(check: Callable[[Any], Any], pools: tuple[str, ...] = ()) -> Callable[[
     accepted: set[tuple[Any, ...]] = set()
 
     def launch(c: Any) -> None:
-        if any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in c):
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in c):
             check(c)  # sizes may be symbolic, and there is no memory
             return
         key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in c])

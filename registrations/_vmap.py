@@ -50,6 +50,7 @@ def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any
             name: _fold(x, dims[name], heads_axis(axes, name), info.batch_size) if isinstance(x, Tensor) else x
             for name, x in given.items()
         }
+        folded |= {name: folded[name].clone() for name in mutated}  # where folding is a view, what follows overlaps
         results = op(*folded.values())
         for name in mutated:
             unfolded = _unfold(folded[name], heads_axis(axes, name), info.batch_size)

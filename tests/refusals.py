@@ -11,6 +11,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,11 +60,12 @@ class Refusal:
         return inputs | changed
 
 
-def refusals() -> list[Refusal]:
+@cache
+def refusals() -> tuple[Refusal, ...]:
     """Every call that must be refused."""
     written = [r for family in FAMILIES for r in importlib.import_module(f"tests.{family}.refusals").REFUSALS]
     operators = dict.fromkeys(case.operator for case in cases())
-    return [*written, *(r for operator in operators for r in generated(operator))]
+    return (*written, *(r for operator in operators for r in generated(operator)))
 
 
 def by_id(operator: str) -> dict[str, Case]:

@@ -50,20 +50,16 @@ def test_every_tensor_argument_has_refusals(operator: fla_ops.Operator) -> None:
     rows = [r for r in refusals() if r.case.operator == operator.name]
     for name in operator.declaration.tensors:
         pairs = [(r.case, r.case.inputs()[name], r.inputs()[name]) for r in rows if list(r.change) == [name] and r.kind]
-        kinds = (k for k in ("device", "dtype", "ndim") if all(getattr(x, k) == getattr(y, k) for _, x, y in pairs))
-        lacking += [f"{name} of another {kind}" for kind in kinds]
+        kinds = ("device", "dtype", "ndim")
+        lacking += [f"{name} of another {k}" for k in kinds if all(getattr(x, k) == getattr(y, k) for _, x, y in pairs)]
         case, x, _ = pairs[0]
         changed = {i for _, _, y in pairs if y.dim() == x.dim() for i in range(x.dim()) if y.shape[i] != x.shape[i]}
-        own = {letter for letter in letters_of(case.axes[name]) if not shared(case, name, letter)}
-        lacking += [
-            f"{name} of another {letter}"
-            for i, letter in enumerate(letters_of(case.axes[name]))
-            if i not in changed and letter not in own
-        ]
+        unchanged = [letter for i, letter in enumerate(letters_of(case.axes[name])) if i not in changed]
+        lacking += [f"{name} of another {letter}" for letter in unchanged if is_shared(case, name, letter)]
     assert not lacking, f"{operator.name} has no refusal of {', '.join(lacking)}: see tests/refusals.py"
 
 
-def shared(case: Case, name: str, letter: str) -> bool:
+def is_shared(case: Case, name: str, letter: str) -> bool:
     """Whether another tensor of a call has an axis of this letter."""
     return any(letter in letters_of(case.axes[x]) for x in case.declaration.tensors if x in case.given - {name})
 
