@@ -35,6 +35,15 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def store_back(at, tile, mask):
+    """Store where the program loaded from. A tile with fewer elements than the program has threads is held by several
+    of them: all must have loaded before one stores.
+    """
+    tl.debug_barrier()
+    tl.store(at, nearest(tile, at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_rows(
     x,                          # at one head of [time, HEADS, WIDTH]
     first, steps, column,       # the tile's first step (int64), how many steps it has, its first column

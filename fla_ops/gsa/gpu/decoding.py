@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import contiguous, refuse_float64
-from fla_ops.common.gpu.tiles import split_program
+from fla_ops.common.gpu.tiles import split_program, store_back
 
 from .. import checks
 from ..call import Step
@@ -36,8 +36,18 @@ def advance(
 ):
     """state = decay state + added, in place; returns it in float32."""
     tile = tl.load(pool + at, mask=inside, other=0.0).to(tl.float32) * decay + added
-    tl.store(pool + at, tile.to(pool.dtype.element_ty), mask=inside)
+    store_back(pool + at, tile, inside)
     return tile
+
+
+@triton.jit
+def product(
+    left, right,                            # [rows, columns], [columns, width]
+):
+    """left right in float32, for any number of rows. With the operands of * exchanged, Triton would take the sum for a
+    matrix product from 16 rows on, and round them to tf32.
+    """
+    return tl.sum(right[None, :, :] * left[:, :, None], 1)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -73,7 +83,7 @@ def gsa_decoding_kernel(
         tile = advance(state_k, at, inside, keys[:, None] * writes[None, :], decay[None, :])
         reading = (group < GROUP)[:, None] & (key < K)[None, :]
         queries = tl.load(q + (row * GROUP + group[:, None]) * K + key[None, :], mask=reading, other=0.0).to(tl.float32)
-        x += tl.sum(queries[:, :, None] * tile[None, :, :], 1)
+        x += product(queries, tile)
     x = tl.where(m[None, :] < M, x * scale, float("-inf"))
     p = tl.exp(x - tl.max(x, 1)[:, None])
     p /= tl.sum(p, 1)[:, None]
@@ -84,7 +94,7 @@ def gsa_decoding_kernel(
         at = slot * vp + head.to(tl.int64) * vh + column[:, None] * vm + value[None, :].to(tl.int64) * vv
         inside = (m < M)[:, None] & (value < V)[None, :]
         tile = advance(state_v, at, inside, writes[:, None] * values[None, :], decay[:, None])
-        out = tl.sum(p[:, :, None] * tile[None, :, :], 1)
+        out = product(p, tile)
         written = (group < GROUP)[:, None] & (value < V)[None, :]
         tl.store(o + group[:, None] * V + value[None, :], out.to(o.dtype.element_ty), mask=written)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.gates import LOG2E
-from fla_ops.common.gpu.tiles import load_rows, split_program, state_tile, store_rows
+from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, state_tile, store_back, store_rows
 
 from ..call import Call
 
@@ -43,8 +43,9 @@ def read_weights(
 def put(y, at, value, mask, ADD: tl.constexpr):
     """Store, or add to what is there."""
     if ADD:
-        value += tl.load(y + at, mask=mask, other=0.0)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+        store_back(y + at, value + tl.load(y + at, mask=mask, other=0.0), mask)
+    else:
+        tl.store(y + at, nearest(value, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -42,6 +42,7 @@ def softmax_gradient_kernel(
         dweights = arriving + dself[:, None] * slots
         dargument = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
         total += weights * arriving + dargument * load_rows(earlier + query * M, first, steps, 0, HQ, M, BT, BM)
+        tl.debug_barrier()  # dx may lie in the memory of dearlier, of which several threads may hold an element
         store_rows(p + query * M, weights, first, steps, 0, HQ, M, BT, BM)
         store_rows(dx + query * M, dargument * scale, first, steps, 0, HQ, M, BT, BM)
     if reads is not None:

@@ -17,7 +17,7 @@ from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, locate_chunk, sequence_bounds
 from fla_ops.common.gpu.heads import group_sum, per_value_head
-from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, store_rows
+from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, store_back, store_rows
 
 from .. import checks
 from ..call import Need, Normalize, Normalized, NormalizeStep
@@ -199,7 +199,7 @@ def normalize_step_kernel(
         inside = (key < K) & used
         keys = tl.load(k + at_key + key, mask=inside, other=0.0).to(tl.float32)
         sums = tl.load(at_z + key.to(tl.int64) * stride_k, mask=inside, other=0.0).to(tl.float32) + keys
-        tl.store(at_z + key.to(tl.int64) * stride_k, nearest(sums, z.dtype.element_ty), mask=inside)
+        store_back(at_z + key.to(tl.int64) * stride_k, sums, inside)
         product += sums * tl.load(q + at_key + key, mask=inside, other=0.0)
     d = scale * tl.sum(product, 0) + EPSILON
     for first in range(0, V, BV):

@@ -9,7 +9,7 @@ import triton.language as tl
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
-from fla_ops.common.gpu.tiles import nearest, split_program
+from fla_ops.common.gpu.tiles import nearest, split_program, store_back
 
 from .. import checks
 from ..call import Step
@@ -53,7 +53,7 @@ def decoding_kernel(
         at = at_state + key[:, None].to(tl.int64) * stride_k + value[None, :].to(tl.int64) * stride_v
         tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         tile = advance(tile, decay, rest, keys[:, None] * values[None, :], DECAY)
-        tl.store(at, nearest(tile, state.dtype.element_ty), mask=inside)
+        store_back(at, tile, inside)
         out += tl.sum(tile * queries[:, None], 0)
     tl.store(at_o, nearest(out * scale, o.dtype.element_ty), mask=in_value)
 
