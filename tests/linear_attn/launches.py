@@ -6,31 +6,33 @@ from collections.abc import Callable
 
 import torch
 
+from fla_ops.linear_attn.call import Need, Normalize, Normalized, NormalizeStep
 from fla_ops.linear_attn.gpu import normalize
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
 
 
-def forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+def call(dtype: torch.dtype, key_width: int, value_width: int) -> Normalize:
+    """Arguments of one call, on the host."""
     batch, time, key_heads, heads = SIZES.values()
     q = torch.zeros(batch, time, key_heads, key_width, dtype=dtype)
     o = torch.zeros(batch, time, heads, value_width, dtype=dtype)
-    z = torch.zeros(batch, 1, heads, key_width)
-    normalize.forward(q, q, o, None, z, True, False, None, None)
+    return Normalize(q, q, o, None, torch.zeros(batch, 1, heads, key_width), output_final_z=True)
+
+
+def forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    normalize.forward(call(dtype, key_width, value_width))
 
 
 def backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    batch, time, key_heads, heads = SIZES.values()
-    q = torch.zeros(batch, time, key_heads, key_width, dtype=dtype)
-    o = torch.zeros(batch, time, heads, value_width, dtype=dtype)
-    z = torch.zeros(batch, 1, heads, key_width)
-    normalize.backward(q, q, o, z, None, o, z, None, False, [True, True, True, True])
+    c = call(dtype, key_width, value_width)
+    normalize.backward(c, Normalized(c.o, c.initial_z), Need(True, True, True, True), Normalized(c.o, None))
 
 
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    batch, _, key_heads, heads = SIZES.values()
-    q, o = torch.zeros(batch, key_heads, key_width, dtype=dtype), torch.zeros(batch, heads, value_width, dtype=dtype)
-    normalize.step(q, q, o, torch.zeros(batch, 1, heads, key_width), None, torch.zeros(batch, dtype=torch.int64))
+    c = call(dtype, key_width, value_width)
+    q, o = c.q[:, 0].contiguous(), c.o[:, 0].contiguous()
+    normalize.step(NormalizeStep(q, q, o, c.initial_z, None, torch.tensor([0, 1])))
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {

@@ -3,83 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from fla_ops.simple_gla.call import Call, Need, Outputs, Step, Weighted, WeightsNeed
 from fla_ops.simple_gla.gpu import chunk, decoding, fused_chunk, fused_recurrent, parallel
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
 CHUNK = 256  # an entry's tile is never cut by it
+ALL = Need(q=True, k=True, v=True, g=True, g_gamma=False, initial_state=True)
 
 
-@dataclass(frozen=True)
-class Inputs:
+def call(dtype: torch.dtype, key_width: int, value_width: int) -> Call:
     """Arguments of one call, on the host."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    g_gamma: Tensor
-    state: Tensor
-
-
-def inputs(dtype: torch.dtype, key_width: int, value_width: int) -> Inputs:
     batch, time, key_heads, heads = SIZES.values()
-    return Inputs(
+    return Call(
         q=torch.zeros(batch, time, key_heads, key_width, dtype=dtype),
         k=torch.zeros(batch, time, key_heads, key_width, dtype=dtype),
         v=torch.zeros(batch, time, heads, value_width, dtype=dtype),
         g=torch.zeros(batch, time, heads),
-        g_gamma=torch.zeros(heads),
-        state=torch.zeros(batch, heads, key_width, value_width),
+        initial_state=torch.zeros(batch, heads, key_width, value_width),
+        output_final_state=True,
+        chunk_size=CHUNK,
     )
 
 
+def arriving(c: Call) -> Outputs:
+    """The outputs' gradients."""
+    return Outputs(c.v, c.initial_state)
+
+
 def chunk_forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    chunk.forward(x.q, x.k, x.v, x.g, None, None, x.state, True, False, None, None, CHUNK)
+    chunk.forward(call(dtype, key_width, value_width))
 
 
 def chunk_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    wanted = [True, True, True, True, False, True]
-    chunk.backward(x.q, x.k, x.v, x.g, None, x.state, None, x.v, x.state, None, False, CHUNK, wanted)
+    c = call(dtype, key_width, value_width)
+    chunk.backward(c, arriving(c), ALL)
 
 
 def fused_chunk_forward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    fused_chunk.forward(x.q, x.k, x.v, x.g, None, None, x.state, True, False, None, None, CHUNK)
+    fused_chunk.forward(call(dtype, key_width, value_width))
 
 
 def fused_chunk_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    wanted = [True, True, True, False, False, True]
-    fused_chunk.backward(x.q, x.k, x.v, x.g, None, x.state, None, x.v, x.state, None, False, CHUNK, wanted)
+    c = call(dtype, key_width, value_width)
+    fused_chunk.backward(c, arriving(c), ALL._replace(g=False))
 
 
 def fused_recurrent_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    wanted = [True, True, True, True, False, True]
-    fused_recurrent.backward(x.q, x.k, x.v, x.g, None, x.state, None, x.v, x.state, None, False, False, wanted)
+    c = call(dtype, key_width, value_width)
+    fused_recurrent.backward(c, arriving(c), ALL)
 
 
 def parallel_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    parallel.backward(x.q, x.k, x.v, x.g, None, None, x.v, None, None, [True, True, True, True, False])
+    c = call(dtype, key_width, value_width)
+    parallel.backward(c, Weighted(c.v, None), WeightsNeed(*ALL[:5]))
 
 
 def parallel_forward_with_attentions(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    parallel.forward(x.q, x.k, x.v, x.g, None, None, True, None, None)
+    parallel.forward(call(dtype, key_width, value_width)._replace(output_attentions=True))
 
 
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
-    x = inputs(dtype, key_width, value_width)
-    q, k, v, g = (y[:, 0].contiguous() for y in (x.q, x.k, x.v, x.g))
-    decoding.step(q, k, v, x.state, g, None, None, torch.zeros(2, dtype=torch.int64))
+    c = call(dtype, key_width, value_width)
+    q, k, v, g = (x[:, 0].contiguous() for x in (c.q, c.k, c.v, c.g))
+    decoding.step(Step(q, k, v, c.initial_state, g, slots=torch.tensor([0, 1])))
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
