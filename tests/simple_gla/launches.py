@@ -79,6 +79,7 @@ CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
     "fused_recurrent": [fused_recurrent_backward],
     "parallel": [parallel_backward, parallel_forward_with_attentions],
     "decoding": [step],
-    "gate_gradient": [fused_recurrent_backward],
+    "gate_gradient": [parallel_backward],
+    "windowed_gate_gradient": [fused_recurrent_backward],
     "group_sum": [chunk_backward],
 }

@@ -55,11 +55,15 @@ def factor(log_decay):
 
 
 @triton.jit
+def decayed(state, decay, rest, DECAY: tl.constexpr):
+    """(decay + rest) * state, for a block of steps."""
+    return state if DECAY == "none" else state * decay + state * rest
+
+
+@triton.jit
 def advance(state, decay, rest, added, DECAY: tl.constexpr):
-    """(decay + rest) * state + added. The parts of a product that only both hold are rounded with what is added."""
-    if DECAY == "none":
-        return state + added
-    return state * decay + (state * rest + added)
+    """(decay + rest) * state + added, rounded together: the decay of one step may be less than half a bit of state."""
+    return state + added if DECAY == "none" else state * decay + (state * rest + added)
 
 
 @triton.jit

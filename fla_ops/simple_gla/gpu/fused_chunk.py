@@ -20,7 +20,7 @@ from torch import Tensor
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64
 from fla_ops.common.gpu.chunk_index import sequence_bounds
-from fla_ops.common.gpu.gates import advance, block_decay, gate
+from fla_ops.common.gpu.gates import block_decay, decayed, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
@@ -62,7 +62,7 @@ def fused_chunk_kernel(
             scores = dot(queries, tl.trans(keys), PRECISION)
         decay, enter, leave, total, rest = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         written = nearest(values * (leave * write_scale)[:, None], values.dtype)
-        state = advance(state, total, rest, dot(tl.trans(keys), written, PRECISION), DECAY)
+        state = decayed(state, total, rest, DECAY) + dot(tl.trans(keys), written, PRECISION)
         if o is not None:
             scores = nearest(scores * (decay * write_scale), values.dtype)
             out = out * enter[:, None] + dot(scores, values, PRECISION)

@@ -8,7 +8,7 @@ gradient of the state as the state. That one decays on leaving a step, not on en
 
     dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T
 
-For the gates' gradient, dg_t = <exp(g_t) S_{t-1}, dS_t>, the walk for dq keeps the state before the last of every BT
+For the gates' gradient, dg_t = exp(g_t) <S_{t-1}, dS_t>, the walk for dq keeps the state before the last of every BT
 steps, and the walk for dk takes its product with dS there. From step t + 1 to t it changes by
 
     scale exp(g_t) q_t^T S_{t-1} do_t - exp(g_{t+1}) k_t^T dS_{t+1} v_t
@@ -36,7 +36,7 @@ from fla_ops.common.gpu.arguments import (
     refuse_width,
 )
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
+from fla_ops.common.gpu.gates import LOG2E, advance, decayed, factor, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
 
@@ -84,13 +84,12 @@ def fused_recurrent_kernel(
     for i in range(length):
         step = length - 1 - i if REVERSE else i
         t = start + step
-        chunk = (row + step // BT) * H + head
-        edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
         if DECAY == "step" and not DECAY_LAST:
             decay, rest = factor(tl.load(g + t * H + head).to(tl.float32) * LOG2E)
         if kept is not None and products is None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
             if edge:
-                at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
+                at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
                 tl.store(kept + at_kept, state, mask=there)
         keys = tl.load(k + t * (HK * K), mask=in_key, other=0.0).to(tl.float32) * write_scale
         values = tl.load(v + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
@@ -101,23 +100,26 @@ def fused_recurrent_kernel(
             probes = tl.load(probe + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
             tl.store(passing + (t * H + head) * ((V + BV - 1) // BV) + block, tl.sum(out * probes, 0))
             out += tl.sum(keys * queries, 0) * values
+            if o is not None:
+                tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
         state = advance(state, decay, rest, keys[:, None] * values[None, :], DECAY)
-        if o is not None:
-            if passing is None:
-                out = tl.sum(state * queries[:, None], 0)
+        if o is not None and passing is None:
+            out = tl.sum(state * queries[:, None], 0)
             tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
+        if products is not None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
+            if edge:
+                chunk = (row + step // BT) * H + head
+                at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
+                product = tl.sum(tl.sum(state * tl.load(kept + at_kept, mask=there, other=0.0), 1), 0)
+                tl.store(products + chunk * ((V + BV - 1) // BV) + block, product)
         if DECAY_LAST:
             if DECAY == "step":
                 decay, rest = factor(tl.load(g + t * H + head).to(tl.float32) * LOG2E)
             elif DECAY == "head":
                 decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
-        if products is not None:
-            if edge:
-                at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
-                product = tl.sum(tl.sum(state * tl.load(kept + at_kept, mask=there, other=0.0), 1), 0)
-                tl.store(products + chunk * ((V + BV - 1) // BV) + block, product * decay)
     if DECAY_LAST:
-        state = advance(state, decay, rest, tl.zeros([BK, BV], tl.float32), DECAY)
+        state = decayed(state, decay, rest, DECAY)
     if final is not None:
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 

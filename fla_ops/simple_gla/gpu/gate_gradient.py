@@ -4,10 +4,10 @@ Where no states are known, from those of queries and keys, over one sequence:
 
     dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s)
 
-From the walks of the recurrent form, which know its changes from step to step and itself at the last step e of every
-window; so no rounding adds up along the sequence:
+From the walks of the recurrent form, which know how it changes from step to step, and <S, dS> around the last step e of
+every window; so no rounding adds up along the sequence:
 
-    dg_t = dg_e + sum_{t <= s < e} (reads_s - writes_s)
+    dg_t = exp(g_e) <S_{e-1}, dS_e> + sum_{t <= s < e} (reads_s - writes_s)
 
 With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a window ends at its first step.
 """
@@ -102,9 +102,9 @@ def windowed_gate_gradient_kernel(
             end += tl.load(ends + ((row + i) * H + head) * PARTS + part)
             change += tl.load(reads + at * PARTS + part, mask=t < steps, other=0.0)
             change -= tl.load(writes + at * PARTS + part, mask=t < steps, other=0.0)
-        change = tl.where(t == (0 if REVERSE else tl.minimum(BT, steps) - 1), end, change)
-        reset = load_log_decay(g, first, steps, head, H, BT, DECAY) <= RESET
-        dlog_decay = tl.where(reset, 0.0, tl.cumsum(change, 0, reverse=not REVERSE))
+        log_decay = load_log_decay(g, first, steps, head, H, BT, DECAY)
+        change = tl.where(t == (0 if REVERSE else tl.minimum(BT, steps) - 1), tl.exp2(log_decay) * end, change)
+        dlog_decay = tl.where(log_decay <= RESET, 0.0, tl.cumsum(change, 0, reverse=not REVERSE))
         tl.store(dg + at, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
 
 
@@ -118,8 +118,8 @@ def windowed_gate_gradient(
     reverse: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dg [B, T, H] in `dtype`, from reads and writes [B, T, H, parts], and dg at the last step of each of the index's
-    chunks, ends [rows, H, parts].
+    """dg [B, T, H] in `dtype`, from reads and writes [B, T, H, parts], and <S_{e-1}, dS_e>, e the last step of each of
+    the index's chunks, ends [rows, H, parts].
     """
     batch, time, heads, parts = reads.shape
     dg = torch.empty((batch, time, heads), dtype=dtype, device=reads.device)
@@ -128,6 +128,6 @@ def windowed_gate_gradient(
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
         reads, writes, ends, gate[0], dg, cu_seqlens, index.ends, time,
         H=heads, BT=index.size, PARTS=parts, DECAY=gate[1], REVERSE=reverse,
-        **launch.options(launch.entry("gate_gradient", dg, parts, parts)),
+        **launch.options(launch.entry("windowed_gate_gradient", dg, parts, parts)),
     )
     return dg
