@@ -81,26 +81,30 @@ register(
     fake=fake.forward,
     gradient=call.RECURRENT_GRADIENT,
     flops=_recurrent_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:forward"},
 )
 register_backward(
     call.RECURRENT_GRADIENT,
     cpu="fla_ops.simple_gla.cpu.cpp_recurrent:backward",
     cuda="fla_ops.simple_gla.gpu.fused_recurrent:backward",
     flops=_recurrent_backward_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:backward"},
 )
 register(
     call.PARALLEL,
-    cpu="fla_ops.simple_gla.cpu.aten_parallel:forward",
+    cpu="fla_ops.simple_gla.cpu.aten:parallel_forward",
     cuda="fla_ops.simple_gla.gpu.parallel:forward",
     fake=fake.parallel_forward,
     gradient=call.PARALLEL_GRADIENT,
     flops=_parallel_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:parallel_forward"},
 )
 register_backward(
     call.PARALLEL_GRADIENT,
-    cpu="fla_ops.simple_gla.cpu.aten_parallel:backward",
+    cpu="fla_ops.simple_gla.cpu.aten:parallel_backward",
     cuda="fla_ops.simple_gla.gpu.parallel:backward",
     flops=_parallel_backward_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:parallel_backward"},
 )
 register(
     call.STEP,
@@ -108,6 +112,7 @@ register(
     cuda="fla_ops.simple_gla.gpu.decoding:step",
     fake=fake.step,
     flops=_step_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:step"},
     tags=(),
 )
 register_composite(call.DISPATCHER, "fla_ops.simple_gla.forms:dispatch")

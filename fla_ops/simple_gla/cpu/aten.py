@@ -1,167 +1,209 @@
-"""simple_gla on a CPU: sequences of a dense batch go segment by segment with a carried state, so that what a segment
-computes stays in the cache. The chunk form keeps the states of all chunks for its gradient, the fused form computes
-them again.
+"""simple_gla as ATen calls: for float64, for machines without a C++ compiler, and for what `inlining()` compiles.
+
+With C steps in a chunk, P the running sum of g in it, S the state that enters it, and q already scaled:
+
+    o_i = sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i        D_ij = exp(P_i - P_j), a_i = exp(P_i)
+    S'  = a_C S + sum_j b_j k_j v_j^T                            b_j = exp(P_C - P_j)
+
+The chunk forms and the recurrent form are this, from any state to any state. The quadratic form is one chunk of T steps,
+whose weighted scores D_ij (q_i . k_j) are `attn`; where nobody asks for those, smaller chunks give the same o in less
+memory. A step is the recurrence once. Nothing is updated in place but the pool of a step.
+
+Tensors are [lanes, HK, G, rows, C, width], with G the value heads of a query and key head; chunks.py has the layouts.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fla_ops import validation as valid
-from fla_ops.common.cpu import decay as decays
-from fla_ops.common.cpu.chunks import DenseChunks, Factor, PackedChunks, runs
+from fla_ops.common.cpu import slots
+from fla_ops.common.cpu.sequences import one_by_one
+from fla_ops.validation import cu_seqlens_values_async, state_dtype
 
 from .. import checks
-from . import chunked
+from ..call import Call, Gradients, Need, Outputs, Step, Weighted, WeightsNeed
+from .chunks import FORGET, Dense, Packed, layout_of, running, weights
 
-SEGMENT = 1 << 19  # numbers of one tensor in a segment
-
-
-def chunk_forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
-):
-    """Dense: segment by segment. Packed: the chunks of all sequences at once."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    if cu_seqlens is None:
-        return _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, None, chunk_size)
-    layout = _packed(q, cu_seqlens, chunk_size)
-    written = chunked.cut(layout, k, v, g, g_gamma)
-    o, final = chunked.forward(layout, q, written, scale, initial_state, output_final_state, state_v_first)
-    return layout.join(o, v.dtype), final
+CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 
 
-def chunk_backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
-):
-    """The gradient of chunk_forward; chunk states are computed again, once."""
-    shared, options = (q, k, v, g, g_gamma, initial_state), (scale, state_v_first)
-    if cu_seqlens is None:
-        return _backward(*shared, None, do, dfinal_state, *options, chunk_size, output_mask, keep=True)
-    layout = _packed(q, cu_seqlens, chunk_size)
-    written, leave = chunked.cut(layout, k, v, g, g_gamma), chunked.joining(layout, q, k, v)
-    states = (initial_state, do, dfinal_state)
-    return chunked.backward(layout, q, written, g, g_gamma, *states, *options, output_mask, leave)
+def forward(c: Call) -> Outputs:
+    """o [B, T, H, V], and the final state in the dtype that it is carried in."""
+
+    def body(c: Call) -> Outputs:
+        x = _cut(c, min(c.chunk_size or CHUNK, CHUNK))
+        o, final = _read_out(c, x)
+        return Outputs(o, _leave(c, final) if c.output_final_state else None)
+
+    return Outputs(*one_by_one(body, c, Outputs._fields))
 
 
-def fused_chunk_forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
-):
-    """One segment after the other, so that memory beyond the output does not grow with T."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    options = (scale, initial_state, output_final_state, state_v_first)
-    return _forward(q, k, v, g, g_gamma, *options, cu_seqlens, chunk_size)
+def parallel_forward(c: Call) -> Weighted:
+    """o, and attn [B, H, T, T] where it is asked for."""
+    checks.inputs(c)
+
+    def body(c: Call) -> Weighted:
+        x = _cut_whole(c) if c.output_attentions else _cut(c, CHUNK)
+        o, _ = _read_out(c, x)
+        time = c.q.shape[1]
+        return Weighted(o, x.scores[..., 0, :time, :time].flatten(1, 2).to(o.dtype) if c.output_attentions else None)
+
+    return Weighted(*one_by_one(body, c, Weighted._fields))
 
 
-def fused_chunk_backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
-):
-    """The gradient of fused_chunk_forward: a forward walk for the segments' states, then a walk back."""
-    shared, options = (q, k, v, g, g_gamma, initial_state), (scale, state_v_first)
-    return _backward(*shared, cu_seqlens, do, dfinal_state, *options, chunk_size, output_mask, keep=False)
+def backward(c: Call, d: Outputs, need: Need) -> Gradients:
+    """The gradients that are needed; scores and states are computed again."""
+
+    def body(c: Call, d: Outputs, need: Need) -> Gradients:
+        return _gradients(c, _cut(c, min(c.chunk_size or CHUNK, CHUNK)), d.o, need, d.final_state)
+
+    return _finish(c, one_by_one(body, c, Need._fields, d, need))
 
 
-def _forward(q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, chunk_size):
-    o, final = torch.empty_like(v, memory_format=torch.contiguous_format), []
-    for sequence, start, end in runs(q, cu_seqlens):
-        state = _state_of(initial_state, sequence, q, v, state_v_first)
-        for a, b in _segments(v, start, end, chunk_size):
-            layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
-            outputs, state = chunked.forward(layout, q[:, a:b], written, scale, state, True, False)
-            layout.write(outputs, o[:, a:b])
-        final.append(state)
-    if not output_final_state:
-        return o, None
-    return o, chunked.leave_state(torch.cat(final).unflatten(1, (q.shape[2], -1)), state_v_first)
+def parallel_backward(c: Call, d: Weighted, need: WeightsNeed) -> Gradients:
+    """The same for the quadratic form."""
+
+    def body(c: Call, d: Weighted, need: WeightsNeed) -> Gradients:
+        x = _cut(c, CHUNK) if d.attn is None else _cut_whole(c)
+        return _gradients(c, x, d.o, Need(*need, initial_state=False), dattn=d.attn)[:-1]
+
+    return _finish(c, one_by_one(body, c, WeightsNeed._fields, d, need))
 
 
-def _backward(
-    q,
-    k,
-    v,
-    g,
-    g_gamma,
-    initial_state,
-    cu_seqlens,
-    do,
-    dfinal,
-    scale,
-    state_v_first,
-    chunk_size,
-    output_mask,
-    keep,
-):
-    """A walk forwards for the states, of every chunk or (keep=False) only before each segment, then a walk back."""
-    need_state, mask = output_mask[5], [*output_mask[:5], True]
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
-        for wanted, x in zip(output_mask[:4], (q, k, v, g), strict=True)
-    ]
-    dgamma = None
-    dinitial = []
-    for sequence, start, end in runs(q, cu_seqlens):
-        state = _state_of(initial_state, sequence, q, v, state_v_first)
-        dstate = _state_of(dfinal, sequence, q, v, state_v_first)
-        segments = []
-        for a, b in _segments(v, start, end, chunk_size):
-            before, held = state, None
-            if keep or b < end:
-                layout, written = _cut(k, v, g, g_gamma, a, b, chunk_size)
-                kept, state = chunked.chunk_states(layout, written, before)
-                held = (layout, written, kept) if keep else None
-            segments.append((a, b, before, held))
-        while segments:
-            a, b, before, held = segments.pop()
-            layout, written, kept = held or (*_cut(k, v, g, g_gamma, a, b, chunk_size), None)
-
-            def leave(i: int, part: Tensor, factor: Factor, layout=layout, a=a, b=b) -> Tensor:
-                layout.write(part, grads[i][:, a:b], factor)
-                return grads[i]
-
-            gates = (None if g is None else g[:, a:b], g_gamma)
-            _, _, _, dg, gamma, dstate = chunked.backward(
-                layout, q[:, a:b], written, *gates, before, do[:, a:b], dstate, scale, False, mask, leave, kept
-            )
-            if dg is not None:
-                grads[3][:, a:b] = dg
-            if gamma is not None:
-                dgamma = gamma if dgamma is None else dgamma + gamma
-        dinitial.append(dstate)
-    if output_mask[4] and dgamma is None:
-        dgamma = torch.zeros_like(g_gamma)
-    if not need_state:
-        return *grads, dgamma, None
-    dinitial_state = chunked.leave_state(torch.cat(dinitial).unflatten(1, (q.shape[2], -1)), state_v_first)
-    return *grads, dgamma, dinitial_state.to(initial_state.dtype)
+def step(c: Step) -> Tensor:
+    """o [N, H, V] of one step, and its rows of the pool updated in place."""
+    dtype, groups = state_dtype(c.v), (c.q.shape[1], -1)
+    held = slots.read(c.state, c.slots)
+    state, value = (x.to(dtype).unflatten(1, groups) for x in (held, c.v[:, :, None]))  # [N, HK, G, K or 1, V]
+    query, key = (x.to(dtype)[:, :, None, :, None] for x in (c.q, c.k))
+    if c.g is not None or c.g_gamma is not None:
+        log_decay = c.g if c.g is not None else c.g_gamma.expand(c.v.shape[:2])
+        state = state * log_decay.to(dtype).exp().unflatten(1, groups)[..., None, None]
+    state = state + key * value
+    o = (query * c.factor * state).sum(-2).flatten(1, 2).to(c.v.dtype)
+    slots.write_(c.state, c.slots, held, state.flatten(1, 2))
+    return slots.only_with_slots(o, c.slots)
 
 
-def _packed(q: Tensor, cu_seqlens: Tensor, chunk_size: int) -> PackedChunks:
-    return PackedChunks(valid.cu_seqlens_values(cu_seqlens, q.shape[1]), chunk_size, q.device)
+class Chunks(NamedTuple):
+    """One call in chunks."""
+
+    layout: Dense | Packed
+    q: Tensor  # scaled
+    k: Tensor
+    v: Tensor
+    within: Tensor  # D, [..., C, C]
+    from_start: Tensor  # a, [..., C, 1]
+    to_end: Tensor  # b, [..., C, 1]
+    log_total: Tensor  # P_C, [...]
+
+    @property
+    def scores(self) -> Tensor:
+        """D_ij (q_i . k_j)"""
+        return self.q @ self.k.mT * self.within
+
+    @property
+    def updates(self) -> Tensor:
+        """What each chunk adds to the state. A decay of NaN is left to log_total, which reaches no earlier chunk."""
+        return (self.k * self.to_end.nan_to_num(0.0, torch.inf)).mT @ self.v
 
 
-def _cut(
-    k: Tensor, v: Tensor, g: Tensor | None, g_gamma: Tensor | None, start: int, end: int, chunk_size: int
-) -> tuple[DenseChunks, chunked.Written]:
-    """A segment in chunks: smaller ones for few steps, and where decays only then are mild enough to be split."""
-    k, v, g = (None if x is None else x[:, start:end] for x in (k, v, g))
-    chunk_size = min(chunk_size, max(16, 1 << (k.shape[1] - 1).bit_length()))
-    if g is not None and k.shape[2] == v.shape[2]:
-        chunk_size = decays.chunk_size(g, chunk_size)
-    layout = DenseChunks(k.shape[0], k.shape[1], chunk_size)
-    return layout, chunked.cut(layout, k, v, g, g_gamma)
+def _cut(c: Call, size: int) -> Chunks:
+    return _chunks(c, layout_of(c, size), _log_decay(c))
 
 
-def _segments(v: Tensor, start: int, end: int, chunk_size: int) -> list[tuple[int, int]]:
-    """Whole chunks of all sequences and heads, as many as keep a tensor in the cache."""
-    batch, _, heads, width = v.shape
-    size = chunk_size * max(1, SEGMENT // max(1, batch * heads * chunk_size * width))
-    return [(a, min(a + size, end)) for a in range(start, end, size)]
+def _cut_whole(c: Call) -> Chunks:
+    """One chunk of T steps. A pack without states is one sequence that forgets where each of its own begins."""
+    log_decay = _log_decay(c)
+    if c.cu_seqlens is not None:
+        cu_seqlens_values_async(c.cu_seqlens, c.q.shape[1])
+        begins = torch.isin(torch.arange(c.q.shape[1], device=c.q.device), c.cu_seqlens)
+        log_decay = torch.where(begins[:, None], FORGET, log_decay)
+    return _chunks(c, Dense(*c.q.shape[:2], c.q.shape[1]), log_decay)
 
 
-def _state_of(state: Tensor | None, sequence: slice, q: Tensor, v: Tensor, state_v_first: bool) -> Tensor:
-    """The states of some sequences as [n, H, K, V] in the carried dtype; zeros where there is none."""
-    dtype = chunked.compute_dtype(v)
+def _log_decay(c: Call) -> Tensor:
+    """g [B, T, H] in float64, however it was given."""
+    if c.g is not None:
+        return c.g.double()
+    gamma = c.v.new_zeros(1) if c.g_gamma is None else c.g_gamma
+    return gamma.double().expand(c.v.shape[:3])
+
+
+def _chunks(c: Call, layout: Dense | Packed, log_decay: Tensor) -> Chunks:
+    dtype, groups = state_dtype(c.v), (c.k.shape[2], -1)
+    q, k = (layout.split(x, dtype).unsqueeze(2) for x in (c.q, c.k))
+    v = layout.split(c.v, dtype).unflatten(1, groups)
+    sums = running(layout.split(log_decay[..., None], torch.float64).squeeze(-1)).unflatten(1, groups)
+    within = weights(sums, dtype)
+    from_start, to_end = sums.to(dtype).exp()[..., None], within[..., -1:, :].mT
+    return Chunks(layout, q * c.factor, k, v, within, from_start, to_end, sums[..., -1])
+
+
+def _read_out(c: Call, x: Chunks) -> tuple[Tensor, Tensor]:
+    """o as it is returned, and the final state as it is carried."""
+    states, final = x.layout.scan(x.updates, x.log_total, _enter(c, c.initial_state))
+    o = torch.addcmul(x.scores @ x.v, x.q @ states, x.from_start)
+    return x.layout.join(o.flatten(1, 2), c.v.dtype), final
+
+
+def _gradients(
+    c: Call, x: Chunks, do: Tensor, need: Need, dfinal: Tensor | None = None, dattn: Tensor | None = None
+) -> Gradients:
+    """The README's section on gradients. That of g_gamma stays as wide as it is summed."""
+    do = x.layout.split(do, x.v.dtype).unflatten(1, (c.k.shape[2], -1))
+    updates = x.updates
+    states, _ = x.layout.scan(updates, x.log_total, _enter(c, c.initial_state))
+    dupdates = (x.q * x.from_start.nan_to_num(0.0, torch.inf)).mT @ do
+    dstates, dinitial = x.layout.scan(dupdates, x.log_total, _enter(c, dfinal), backwards=True)
+    dproducts = do @ x.v.mT
+    if dattn is not None:
+        missing = x.layout.size - c.q.shape[1]
+        dattn = torch.nn.functional.pad(dattn.to(do.dtype), (0, missing, 0, missing))
+        dproducts = dproducts + dattn.unflatten(1, (c.k.shape[2], -1)).unsqueeze(-3)
+    dscores = dproducts * x.within
+    dq = torch.addcmul(dscores @ x.k, do @ states.mT, x.from_start)
+    dk = torch.addcmul(dscores.mT @ x.q, x.v @ dstates.mT, x.to_end)
+    dv = dg = dgamma = None
+    if need.v:
+        dv = torch.addcmul(x.scores.mT @ do, x.k @ dstates, x.to_end)
+        dv = x.layout.join(dv.flatten(1, 2), c.v.dtype)
+    if need.g or need.g_gamma:
+        # P_i multiplies what leaves step i and divides what enters it, and P_C what leaves the chunk.
+        leaving = torch.addcmul(updates, x.log_total.to(do.dtype).exp()[..., None, None], states)
+        dsums = torch.addcmul(x.q * dq, x.k, dk, value=-1).sum(-1)
+        dsteps = dsums.flip(-1).cumsum(-1).flip(-1) + (leaving * dstates).sum((-2, -1))[..., None]
+        dsteps = x.layout.join(dsteps.flatten(1, 2)[..., None], do.dtype).squeeze(-1)
+        forgotten = (c.g if c.g is not None else c.g_gamma).to(do.dtype).exp() == 0
+        dsteps = torch.where(forgotten, 0, dsteps)
+        dg, dgamma = (dsteps.to(c.g.dtype), None) if need.g else (None, dsteps.sum((0, 1)))
+    return (
+        x.layout.join(dq.sum(2) * c.factor, c.q.dtype) if need.q else None,
+        x.layout.join(dk.sum(2), c.k.dtype) if need.k else None,
+        dv,
+        dg,
+        dgamma,
+        _leave(c, dinitial).to(c.initial_state.dtype) if need.initial_state else None,
+    )
+
+
+def _finish(c: Call, gradients: list[Tensor | None]) -> Gradients:
+    """g_gamma belongs to all sequences: its gradient is rounded once they have been added up."""
+    *others, dgamma = gradients[:5]
+    return *others, None if dgamma is None else dgamma.to(c.g_gamma.dtype), *gradients[5:]
+
+
+def _enter(c: Call, state: Tensor | None) -> Tensor | None:
+    """A state of the call as [N, HK, G, K, V]."""
     if state is None:
-        return v.new_zeros((sequence.stop - sequence.start, v.shape[2], q.shape[3], v.shape[3]), dtype=dtype)
-    state = state[sequence].to(dtype)
-    return state.mT if state_v_first else state
+        return None
+    return (state.mT if c.state_v_first else state).to(state_dtype(c.v)).unflatten(1, (c.k.shape[2], -1))
+
+
+def _leave(c: Call, state: Tensor) -> Tensor:
+    """The inverse, contiguous."""
+    state = state.flatten(1, 2)
+    return (state.mT if c.state_v_first else state).clone(memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from fla_ops.common.cpu import build
 
 from .. import checks
 from ..call import Call, Gradients, Need, Outputs, Step
-from . import aten_recurrent
+from . import aten
 from .cpp import gradients_of, state_of
 
 SOURCE = "simple_gla/cpu/recurrent.cpp"
@@ -34,7 +34,7 @@ def forward(c: Call) -> Outputs:
     checks.launch(c)
     library = build.library(SOURCE, c.v)
     if library is None:
-        return aten_recurrent.forward(c)
+        return aten.forward(c)
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     state = state_of(c, c.initial_state)
     _run(library.recurrent_forward, c, c.reverse, o, state, offsets=build.offsets(c))
@@ -47,7 +47,7 @@ def backward(c: Call, d: Outputs, need: Need) -> Gradients:
     """The state runs again along time, then its gradient against it. With gates, S is kept every 256 steps."""
     library = build.library(SOURCE, c.v)
     if library is None:
-        return aten_recurrent.backward(c, d, need)
+        return aten.backward(c, d, need)
     dq, dk = (build.for_each_head(x, c.v) if wanted else None for wanted, x in ((need.q, c.q), (need.k, c.k)))
     dv = torch.empty_like(c.v, memory_format=torch.contiguous_format) if need.v else None
     dg = c.v.new_empty(c.v.shape[:3], dtype=torch.float32) if need.g or need.g_gamma else None
@@ -64,7 +64,7 @@ def step(c: Step) -> Tensor:
     checks.launch_step(c)
     library = build.library(SOURCE, c.v, c.state)
     if library is None:
-        return aten_recurrent.step(c)
+        return aten.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)))
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), v=c.v.unsqueeze(1), scale=c.factor)

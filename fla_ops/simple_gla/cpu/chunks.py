@@ -1,0 +1,162 @@
+"""Sequences in chunks, and the state that goes from chunk to chunk. Nothing reads a value, and sizes may be symbolic.
+
+A layout turns steps [B, T, heads, width] into chunks [lanes, heads, rows, C, width]: a dense batch has a lane for each
+sequence and a row for each chunk of it; a pack has one lane, and a row for each chunk of any of its sequences. Steps
+past a sequence's end are zeros. With `reverse`, a sequence's steps are laid out from its last to its first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fla_ops.validation import Size, cu_seqlens_values_async
+
+BLOCK = 16  # rows whose matrix of decays is formed at once
+FORGET = -1000.0  # exp of it is zero in any dtype, and it hides no digits that matter in a sum of log decays
+
+
+def running(log_decay: Tensor, backwards: bool = False) -> Tensor:
+    """The running sum of log decays [..., C], in their float64. One of -inf counts as FORGET, so that a difference of two
+    sums is never NaN.
+    """
+    log_decay = log_decay.clamp(min=FORGET)
+    return log_decay.flip(-1).cumsum(-1).flip(-1) if backwards else log_decay.cumsum(-1)
+
+
+def weights(sums: Tensor, dtype: torch.dtype, backwards: bool = False) -> Tensor:
+    """D_ij = exp(sums_i - sums_j) for j <= i (for j >= i), else 0: sums [..., C] to [..., C, C]. Each is rounded once."""
+    decay = (sums[..., :, None] - sums[..., None, :]).to(dtype).exp()
+    return decay.triu() if backwards else decay.tril()
+
+
+def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
+    """x_r = exp(log_decay_r) x_{r-1} + added_r with x_{-1} = 0, for log_decay [..., R] in float64 and added [..., R, D];
+    `backwards` with r + 1 for r - 1. Inside blocks of rows first, then from block to block: no R x R matrix.
+
+    A decay of NaN makes all that follows NaN, and must not meet the zeros of what comes before.
+    """
+    rows = log_decay.shape[-1]
+    size = min(BLOCK, rows) if isinstance(rows, int) else BLOCK
+    blocks = (rows + size - 1) // size
+    missing = blocks * size - rows
+    sums = running(_longer(log_decay, missing, axis=-1).unflatten(-1, (blocks, size)), backwards)
+    local = weights(sums, added.dtype, backwards) @ _longer(added, missing, axis=-2).unflatten(-2, (blocks, size))
+    last = 0 if backwards else -1
+    total, ends = sums[..., last], local[..., last, :]
+    ends = torch.where(total[..., None].isnan(), 0, ends)
+    ends = weights(running(total, backwards), added.dtype, backwards) @ ends  # x at each block's end
+    entering = pad(ends, (0, 0, 0, 1))[..., 1:, :] if backwards else pad(ends, (0, 0, 1, 0))[..., :-1, :]
+    x = torch.addcmul(local, sums.to(added.dtype).exp()[..., None], entering.unsqueeze(-2))
+    return x.flatten(-3, -2)[..., :rows, :]
+
+
+class Dense:
+    """A batch of sequences of one length."""
+
+    def __init__(self, batch: Size, time: Size, size: Size, reverse: bool = False) -> None:
+        self.batch, self.time, self.size, self.reverse = batch, time, torch.sym_max(size, 1), reverse
+        self.rows = torch.sym_max((time + self.size - 1) // self.size, 1)
+
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, T, heads, width] to [B, heads, rows, C, width] in `dtype`, contiguous."""
+        x = _longer(x.flip(1) if self.reverse else x, self.rows * self.size - self.time, axis=-3)
+        chunks = x.reshape(self.batch, self.rows, self.size, *x.shape[2:]).permute(0, 3, 1, 2, 4)
+        return chunks.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
+        heads, width = y.shape[1], y.shape[4]
+        steps = y.reshape(self.batch, heads, self.rows * self.size, width)[:, :, : self.time].transpose(1, 2)
+        return (steps.flip(1) if self.reverse else steps).to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def scan(
+        self, updates: Tensor, log_total: Tensor, initial: Tensor | None, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """S <- exp(log_total) S + update along the rows: S before each row, and S after the last; `backwards` from the
+        last row to the first. updates [B, ..., rows, K, V], log_total [B, ..., rows], S [B, ..., K, V].
+        """
+        start = torch.zeros_like(updates[..., :1, :, :]) if initial is None else initial.unsqueeze(-3)
+        if backwards:
+            added, logs = torch.cat([updates[..., 1:, :, :], start], -3), pad(log_total[..., 1:], (0, 1))
+        else:
+            added, logs = torch.cat([start, updates[..., :-1, :, :]], -3), pad(log_total[..., :-1], (1, 0))
+        states = recur(logs, added.flatten(-2), backwards).unflatten(-1, updates.shape[-2:])
+        last = 0 if backwards else -1
+        return states, _advance(states[..., last, :, :], log_total[..., last], updates[..., last, :, :])
+
+
+class Packed:
+    """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last
+    are empty.
+    """
+
+    def __init__(self, offsets: Tensor, time: Size, size: int, reverse: bool = False) -> None:
+        cu_seqlens_values_async(offsets, time)
+        starts, ends = offsets[:-1].long(), offsets[1:].long()
+        sequences = starts.shape[0]
+        self.rows = torch.sym_max((time + sequences * (size - 1)) // size, 1)
+        chunks = (ends - starts + size - 1) // size
+        after = chunks.cumsum(0)
+        self.empty = chunks == 0
+        self.first_row, self.last_row = (after - chunks).clamp(max=self.rows - 1), (after - 1).clamp(min=0)
+        # of each row: its sequence, which chunk of it, which steps of the pack
+        row = torch.arange(self.rows, device=offsets.device)
+        owner = torch.searchsorted(after, row, right=True)
+        used = owner < sequences
+        self.sequence = owner.clamp(max=sequences - 1)
+        index = row - self.first_row[self.sequence]
+        self.first, self.last = ~used | (index == 0), ~used | (index == chunks[self.sequence] - 1)
+        a, b = starts[self.sequence][:, None], ends[self.sequence][:, None]
+        step = index[:, None] * size + torch.arange(size, device=offsets.device)
+        inside = used[:, None] & (step < b - a)
+        self.steps = torch.where(inside, b - 1 - step if reverse else a + step, time)
+        # of each step of the pack: where it lies in the chunks
+        step = torch.arange(time, device=offsets.device)
+        owner = torch.searchsorted(ends, step, right=True).clamp(max=sequences - 1)
+        self.place = (after - chunks)[owner] * size + (ends[owner] - 1 - step if reverse else step - starts[owner])
+
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[1, T, heads, width] to [1, heads, rows, C, width] in `dtype`, contiguous."""
+        chunks = pad(x[0], (0, 0, 0, 0, 0, 1))[self.steps].permute(2, 0, 1, 3)[None]
+        return chunks.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def join(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of split."""
+        return y[0].flatten(1, 2).transpose(0, 1)[self.place].to(dtype)[None]
+
+    def scan(
+        self, updates: Tensor, log_total: Tensor, initial: Tensor | None, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As Dense.scan along each sequence, with S [N, ..., K, V]: a sequence's first row forgets the one before it."""
+        by, begins, ends = (-1, self.last, self.first_row) if backwards else (1, self.first, self.last_row)
+        if initial is None:
+            initial = updates.new_zeros((self.empty.shape[0], *updates.shape[1:-3], *updates.shape[-2:]))
+        logs = torch.where(begins, FORGET, log_total.roll(by, -1))
+        entering = initial[self.sequence].movedim(0, -3)[None]
+        added = torch.where(begins[:, None, None], entering, updates.roll(by, -3))
+        states = recur(logs, added.flatten(-2), backwards).unflatten(-1, updates.shape[-2:])
+        states_at, updates_at = (x[0][..., ends, :, :] for x in (states, updates))
+        final = _advance(states_at, log_total[0][..., ends], updates_at).movedim(-3, 0)
+        return states, torch.where(self.empty.reshape(-1, *[1] * (final.dim() - 1)), initial, final)
+
+
+def layout_of(c: Any, size: Size) -> Dense | Packed:
+    """The steps of a call in chunks of `size`."""
+    if c.cu_seqlens is None:
+        return Dense(*c.q.shape[:2], size, c.reverse)
+    return Packed(c.cu_seqlens, c.q.shape[1], size, c.reverse)
+
+
+def _advance(state: Tensor, log_total: Tensor, update: Tensor) -> Tensor:
+    return torch.addcmul(update, log_total.to(state.dtype).exp()[..., None, None], state)
+
+
+def _longer(x: Tensor, by: Size, axis: int) -> Tensor:
+    """x with zeros behind it on one of its axes, counted from the last."""
+    if isinstance(by, int) and by == 0:
+        return x
+    return pad(x, (0, 0) * (-axis - 1) + (0, by))
