@@ -125,10 +125,11 @@ def register_scenarios(operator: str) -> None:
         ),
         add(
             "packed-with-empty-and-one-step",
-            (*all_of_it, "cu_seqlens"),
+            OPTIONAL,
             SIZES | PACK,
             (INDUCTOR, SMALL),
             window_size=11,
+            scale=0.3,
         ),
         add("packed-plain", ("cu_seqlens",), SIZES | PACK),
         add("packed-int32-offsets", ("g", "cu_seqlens", "chunk_indices"), SIZES | PACK, cu_seqlens=Tensor.int),
