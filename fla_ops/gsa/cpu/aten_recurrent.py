@@ -15,7 +15,7 @@ from ..call import Call, Gradients, Need, Outputs, Step
 from . import abc
 from .sequences import alone, empty_gradients, empty_states, places
 
-SMALL = 1 << 15  # numbers of the states of one sequence that a sum of elementwise products reads as fast as a product
+SMALL = 1 << 15  # products for one sequence and state that take no longer as elementwise ones than as a matrix product
 States = tuple[Tensor, Tensor]  # [H, K, M] and [H, M, V], updated in place
 
 
@@ -153,31 +153,44 @@ def _states(x: Steps, state_k: Tensor | None, state_v: Tensor | None) -> States:
 
 
 def step(c: Step) -> Tensor:
-    """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache."""
+    """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache.
+
+    Small states are read as sums of elementwise products, others by a product for each sequence: see sequences.py.
+    """
     checks.launch_step(c)
-    (sequences, heads, value), (key, slots) = c.v.shape, c.state_k.shape[2:]
+    (sequences, heads, value), (key, slots), group = c.v.shape, c.state_k.shape[2:], c.q.shape[1] // c.v.shape[1]
     rows = list(range(sequences)) if c.slots is None else valid.slot_values(c.slots, len(c.state_k))
     dtype = valid.state_dtype(c.v)
-    q = c.q.to(dtype).reshape(sequences, heads, -1, key) * c.factor
-    k, v, s, decay = c.k.to(dtype), c.v.to(dtype), c.s.to(dtype), c.g.to(dtype).exp()
+    q = _cast(c.q, dtype).reshape(sequences, heads, group, key) * c.factor
+    k, v, s, decay = _cast(c.k, dtype), _cast(c.v, dtype), _cast(c.s, dtype), _cast(c.g, dtype).exp()
     o = v.new_zeros((*q.shape[:3], value))
+    read = _read_each if heads * group * slots * max(key, value) > SMALL else _read
     for some, at in pools.blocks(rows, heads * slots * (key + value)):
-        queries, keys, values, written, kept = (x[some] for x in (q, k, v, s, decay))
+        given = (q, k, v, s, decay)
+        queries, keys, values, written, kept = given if some == slice(0, sequences) else (x[some] for x in given)
         held = c.state_k[at]
-        state = held.to(dtype).mul_(kept.unsqueeze(2)).addcmul_(keys.unsqueeze(3), written.unsqueeze(2))
-        p = _read(queries, state).softmax(3)
+        state = _cast(held, dtype).mul_(kept.unsqueeze(2)).addcmul_(keys.unsqueeze(3), written.unsqueeze(2))
+        p = read(queries, state).softmax(3)
         pools.update(c.state_k, at, held, state)
         held = c.state_v[at]
-        state = held.to(dtype).mul_(kept.unsqueeze(3)).addcmul_(written.unsqueeze(3), values.unsqueeze(2))
-        o[some] = _read(p, state)
+        state = _cast(held, dtype).mul_(kept.unsqueeze(3)).addcmul_(written.unsqueeze(3), values.unsqueeze(2))
+        o[some] = read(p, state)
         pools.update(c.state_v, at, held, state)
-    return o.reshape(sequences, -1, value).to(c.v.dtype)
+    return _cast(o.flatten(1, 2), c.v.dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor itself where it has the dtype, without the call, which would take as long as an operation on it."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _read(x: Tensor, states: Tensor) -> Tensor:
-    """x [n, H, G, U] times the states [n, H, U, W], without a product that spans sequences (see sequences.py)."""
-    if x.shape[2] * states[0].numel() <= SMALL:
-        return (x.unsqueeze(4) * states.unsqueeze(2)).sum(3)
+    """x [n, H, G, U] times the states [n, H, U, W], where each element is a sum of its own."""
+    return (x.unsqueeze(4) * states.unsqueeze(2)).sum(3)
+
+
+def _read_each(x: Tensor, states: Tensor) -> Tensor:
+    """The same with a product for each sequence."""
     y = x.new_empty((*x.shape[:3], states.shape[3]))
     for one, state, out in zip(x.unbind(), states.unbind(), y.unbind(), strict=True):
         torch.bmm(one, state, out=out)
