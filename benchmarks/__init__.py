@@ -1,1 +1,1 @@
-"""Times of every operator beside what else computes it: `python -m benchmarks --help`."""
+"""Times of every operator beside other implementations: see `python -m benchmarks --help`."""

@@ -34,7 +34,7 @@ compile_ahead() {
         "$python" -m benchmarks --only "^$operator " --sections rows --ways eager --seconds 0.01 &
     done
     for ((i = 0; i < shares; i++)); do
-        "$python" -m benchmarks.tune --compile-only "$i/$shares" --limit 100 &
+        "$python" -m benchmarks.tuning.kernels --compile-only "$i/$shares" --limit 100 &
     done
     wait
 }
@@ -55,8 +55,8 @@ find "$TRITON_CACHE_DIR" -name '*.autotune.json' -delete
 
 part bench 190 "$python" -m benchmarks --seconds 0.4 --sections rows,overhead,sweep --limit 170 --json "$out/cuda.json" --plots "$out"
 part first_call 25 "$python" -m benchmarks --only '^(chunk_simple_gla|simple_gla_step_) ' --sections first-call --json "$out/first_call.json"
-part crossovers 45 "$python" -m benchmarks.crossovers --seconds 0.02 --longest 512 --results "$out" --table "$out/crossovers.json"
-part tune 130 "$python" -m benchmarks.tune --limit 115 --table "$out/launch.json" --json "$out/tune.json"
+part crossovers 45 "$python" -m benchmarks.tuning.crossovers --seconds 0.02 --longest 512 --results "$out" --table "$out/crossovers.json"
+part tune 130 "$python" -m benchmarks.tuning.kernels --limit 115 --table "$out/launch.json" --json "$out/tune.json"
 
 echo "all: $((SECONDS - began)) s" | tee -a "$out/summary.log"
 tar -czf "$out/everything.tar.gz" -C "$out" --exclude=everything.tar.gz .

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and how much other work ran beside it. Nothing here names the machine itself."""
+"""The machine that a measurement ran on, and how busy other processes kept it. Nothing here tells its name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "fla-core", "transformers")
-BUSY = 0.2  # cores' worth of other work from which timings are called noisy
+BUSY = 0.2  # mean number of cores used by other processes above which times are not to be relied on
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def version(package: str) -> str | None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, versions, date and commit, as every results file states them."""
+    """Collect device, versions, date and commit, which every results file states."""
     return {
         "device": device_name(device),
         "cpu": f"{_cpu_model()}, {os.cpu_count()} cores",
@@ -41,19 +41,19 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
+    """The name of the GPU, or of the processor and its cores."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_model()}, {os.cpu_count()} cores"
 
 
 def source(device: torch.device) -> str:
-    """One line that says where a number in a table comes from."""
+    """Say in one line where the numbers of a table come from."""
     about = describe(device)
     threads = f", {about['threads']} threads" if device.type == "cpu" else ""
     return f"measured on {about['device']}{threads}, torch {about['versions']['torch']}, {about['date']}"
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache that repeated calls could live in."""
+    """The size of the last-level cache, where the data of repeated calls could stay."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [
@@ -64,8 +64,8 @@ def cache_bytes(device: torch.device) -> int:
     return max(sizes, default=32 << 20)
 
 
-class Quiet:
-    """How many cores' worth of work other processes did while something was timed."""
+class OtherLoad:
+    """The load that other processes put on the machine while something was timed."""
 
     def __init__(self) -> None:
         self._work = self._wall = 0.0
@@ -73,7 +73,7 @@ class Quiet:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Count what happens inside; compilers that we start ourselves run outside."""
+        """Count the work of other processes inside; the compilers that a warm-up starts run outside."""
         before = _times()
         yield
         after = _times()
@@ -84,16 +84,16 @@ class Quiet:
         self._work += busy - mine
         self._wall += wall
 
-    def others(self) -> float | None:
-        """Mean number of cores that others kept busy; None where it cannot be known."""
+    def cores(self) -> float | None:
+        """The mean number of cores that others kept busy; None where the system does not tell."""
         return max(0.0, self._work) / self._wall if self._known and self._wall > 0 else None
 
 
-WATCH = Quiet()
+OTHER_LOAD = OtherLoad()
 
 
 def _times() -> tuple[float, float, float] | None:
-    """Seconds of work on all cores, of this process, and of the clock."""
+    """Seconds of work on all cores, of work by this process, and of the clock; None where the system does not tell."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -114,7 +114,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit, with a "+" where the tree differs from it in what is measured; None outside a checkout."""
+    """The commit, with a "+" if the package's files differ from it; None outside a checkout."""
     try:
         head = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--", "fla_ops", "meta", "registrations")

@@ -1,7 +1,7 @@
-"""What else computes the same, where it is installed: fla-core, the PyTorch paths of transformers, softmax attention.
+"""The peers: other implementations of the same functions, in fla-core, transformers' PyTorch paths and PyTorch itself.
 
-A peer turns our inputs into its own, once, before timing. `make` imports its package; where that is missing or too old
-to have the function, the peer is shown as not installed.
+A peer turns our inputs into its own, once, before timing. `make` imports the peer's package. If that is missing, the
+peer is shown as not installed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ceilings import SIDE
 from .problems import DECODE, FAMILIES, FORWARD, Inputs, Problem
+from .roofline import SIDE
 
 Made = tuple[Callable[[], Any], list[Tensor]]  # the call, and what a gradient is taken for
 LONG = ("chunk", "fused_chunk", "auto")
@@ -29,11 +29,11 @@ PRODUCT = "matrix product"
 class Peer:
     """Another implementation.
 
-    name      as it is shown
-    package   distribution that it comes from
-    make      (inputs, variant) -> the call and its leaves
-    same      whether it computes what ours does: else it is there for scale
-    variants  settings of which the fastest is compared, such as chunk sizes
+    name      the name to show
+    package   the distribution that it comes from
+    make      turns (inputs, variant) into the call and its leaves
+    same      tells whether it computes the same function as ours; if not, it is there for scale
+    variants  the settings, such as chunk sizes, of which the fastest is compared
     """
 
     name: str
@@ -43,25 +43,25 @@ class Peer:
     variants: tuple[Any, ...] = (None,)
 
 
-def peers_of(problem: Problem, what: str, device: torch.device) -> Iterator[Peer]:
-    """The peers of one operator on this device."""
-    if what == DECODE:
+def peers_of(problem: Problem, pass_: str, device: torch.device) -> Iterator[Peer]:
+    """Yield the peers of one operator on this device."""
+    if pass_ == DECODE:
         yield Peer(f"copy of the {'cache' if 'T' in problem.sizes else 'state'}", "torch", _copy, same=False)
     if device.type == "cuda":
-        yield from _on_a_gpu(problem, what) if problem.operator != "normalize_output" else ()
+        yield from _on_a_gpu(problem, pass_) if problem.operator != "normalize_output" else ()
     else:
         yield from _on_a_cpu(problem)
-        if problem.role == "chunk" and what == FORWARD:
+        if problem.form == "chunk" and pass_ == FORWARD:
             yield Peer(PRODUCT, "torch", _product, same=False)
-    if problem.role in (*LONG, "parallel"):
+    if problem.form in (*LONG, "parallel"):
         yield Peer("softmax attention", "torch", _softmax, same=False)
 
 
-def _on_a_gpu(problem: Problem, what: str) -> Iterator[Peer]:
-    name = f"chunk_{problem.family}" if problem.role == "auto" else problem.operator
+def _on_a_gpu(problem: Problem, pass_: str) -> Iterator[Peer]:
+    name = f"chunk_{problem.family}" if problem.form == "auto" else problem.operator
     if problem.family == "attn":
-        name = "parallel_attn" if problem.role == "auto" else problem.operator
-    if what == DECODE and problem.operator.endswith("_step_"):
+        name = "parallel_attn" if problem.form == "auto" else problem.operator
+    if pass_ == DECODE and problem.operator.endswith("_step_"):
         family = problem.operator.removesuffix("_step_")
         yield Peer("fla-core fused_recurrent", "fla-core", _one_step(family, f"fused_recurrent_{family}"))
     else:
@@ -72,16 +72,16 @@ def _on_a_gpu(problem: Problem, what: str) -> Iterator[Peer]:
 
 
 def _on_a_cpu(problem: Problem) -> Iterator[Peer]:
-    family, role = problem.family, problem.role
+    family, form = problem.family, problem.form
     naive = f"fla.ops.{family}.naive"
-    if family == "simple_gla" and role in LONG:
+    if family == "simple_gla" and form in LONG:
         chunked = _by_name(naive, "naive_chunk_simple_gla", "chunk_size")
         yield Peer("fla-core naive_chunk", "fla-core", chunked, variants=(32, 64, 128))
         yield Peer("transformers Mamba-2", "transformers", _mamba2, variants=(32, 64, 128, 256))
         yield Peer("transformers MiniMax", "transformers", _minimax, same=False)
-    elif family == "linear_attn" and role in LONG:
+    elif family == "linear_attn" and form in LONG:
         yield Peer("fla-core naive_chunk", "fla-core", _by_name(naive, "naive_chunk_linear_attn"))
-    elif family == "lightning_attn" and role in LONG:
+    elif family == "lightning_attn" and form in LONG:
         yield Peer("transformers MiniMax", "transformers", _minimax, same=False)
     elif family == "gsa":
         yield Peer("fla-core naive_recurrent", "fla-core", _by_name(naive, "naive_recurrent_gsa"))
@@ -94,19 +94,19 @@ def _on_a_cpu(problem: Problem) -> Iterator[Peer]:
         if own == "simple_gla":
             yield Peer("transformers Mamba-2 step", "transformers", _mamba2_step)
         yield Peer("fla-core naive_recurrent", "fla-core", _one_step(own, f"naive_recurrent_{own}", "naive"))
-    elif role == "parallel" and family == "simple_gla":
+    elif form == "parallel" and family == "simple_gla":
         yield Peer("fla-core naive_parallel", "fla-core", _by_name(naive, "naive_parallel_simple_gla"))
-    elif role == "fused_recurrent" and family in ("simple_gla", "linear_attn"):
+    elif form == "fused_recurrent" and family in ("simple_gla", "linear_attn"):
         yield Peer("fla-core naive_recurrent", "fla-core", _by_name(naive, f"naive_recurrent_{family}"))
 
 
 def _leaf(x: Tensor, like: Tensor) -> Tensor:
-    """A leaf of its own that has a gradient if ours has."""
+    """Copy x into a leaf of its own, which needs a gradient if `like` does."""
     return x.detach().clone().requires_grad_(like.requires_grad)
 
 
 def _by_name(module: str, function: str, setting: str | None = None) -> Callable[[Inputs, Any], Made]:
-    """A function whose arguments have our names; the variant is its argument `setting`."""
+    """Call a function whose arguments have our names; the variant is its argument `setting`."""
 
     def make(inputs: Inputs, variant: Any) -> Made:
         found = getattr(importlib.import_module(module), function, None)
@@ -122,7 +122,7 @@ def _by_name(module: str, function: str, setting: str | None = None) -> Callable
 
 
 def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs, Any], Made]:
-    """A recurrent function asked for a single step: it returns the new state instead of updating one in place."""
+    """Ask a recurrent function for a single step; it returns the new state instead of updating one in place."""
 
     def make(inputs: Inputs, _variant: Any) -> Made:
         found = getattr(importlib.import_module(".".join(filter(None, ("fla.ops", family, module)))), function)
@@ -137,26 +137,26 @@ def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs,
 
 
 def _softmax(inputs: Inputs, _variant: Any) -> Made:
-    """Causal softmax attention on the same q, k and v."""
+    """Call causal softmax attention on the same q, k and v."""
     q, k, v = (_leaf(inputs[name].transpose(1, 2), inputs[name]) for name in ("q", "k", "v"))
     grouped = q.shape[1] != k.shape[1]
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), _trained(q, k, v)
 
 
 def _product(inputs: Inputs, _variant: Any) -> Made:
-    """A square matrix product, for the share of its rate that others reach."""
+    """Multiply two square matrices, for the share of that rate that others reach."""
     a, b = _factors(inputs["q"].dtype)
     return lambda: a @ b, []
 
 
 @cache
 def _factors(dtype: torch.dtype) -> Tensor:
-    """Two matrices, the same for every set of inputs."""
+    """Draw two matrices, which all sets of inputs share."""
     return torch.randn(2, SIDE["cpu"], SIDE["cpu"], dtype=dtype)
 
 
 def _copy(inputs: Inputs, _variant: Any) -> Made:
-    """A copy of as many bytes as the step must move: a state is read and written, half of a cache as well."""
+    """Copy as many bytes as the step must move: all of a state, which it reads and writes, or half of a cache."""
     moved = [inputs[name] for name in ("state", "state_k", "state_v") if name in inputs]
     if not moved:
         half = inputs["k"].shape[1] // 2
@@ -175,7 +175,7 @@ def _trained(*tensors: Tensor) -> list[Tensor]:
 
 
 def _mamba2(inputs: Inputs, chunk_size: int) -> Made:
-    """The chunked scan of the Mamba-2 model: its step is -g, its rate 1, and its values are divided by the step."""
+    """Call the chunked scan of the Mamba-2 model with step -g and rate 1; its values are divided by the step."""
     import transformers
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
@@ -193,7 +193,7 @@ def _mamba2(inputs: Inputs, chunk_size: int) -> Made:
 
 
 def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
-    """The decode step of the Mamba-2 model, on a state of its own laid out as it wants it."""
+    """Call the decode step of the Mamba-2 model on a state of its own, in its layout."""
     import transformers
     from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
@@ -213,7 +213,7 @@ def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
 
 
 class _Ungated:
-    """An output gate that is one."""
+    """Stands for an output gate of one."""
 
     def sigmoid(self) -> _Ungated:
         return self
@@ -223,7 +223,7 @@ class _Ungated:
 
 
 def _minimax(inputs: Inputs, _variant: Any) -> Made:
-    """The block loop of the MiniMax model's lightning attention, without projections, normalisation and gate."""
+    """Call the block loop of the MiniMax model's lightning attention, without projections, normalisation and gate."""
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 

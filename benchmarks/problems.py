@@ -1,7 +1,7 @@
-"""What is measured: every public operator, with the sizes and inputs it is measured on.
+"""The problems: every public operator, with the sizes and the inputs that it is measured on.
 
-An operator is found in `fla_ops.ops()`, its family by its name. Decays are those of a freshly initialised Mamba-2: a
-rate of 1 to 16 for each head times a step of 0.001 to 0.1; "strong" problems use those of a plain log-sigmoid gate.
+Operators come from `fla_ops.ops()`, and their names tell the family. Decays are those of a freshly initialised Mamba-2:
+a rate of 1 to 16 for each head times a step of 0.001 to 0.1. "Strong" problems use those of a plain log-sigmoid gate.
 """
 
 from __future__ import annotations
@@ -15,29 +15,72 @@ from torch import Tensor
 
 import fla_ops
 
-from . import floors
-from .floors import Sizes, Work
-from .sizes import sizes_for
+from . import roofline
+from .roofline import Sizes, Work
 
 Inputs = dict[str, Any]
 FORWARD, TRAINING, DECODE = "forward", "training", "decode"
-PREFIXES = ("fused_recurrent", "fused_chunk", "chunk", "parallel")
+FORMS = ("fused_recurrent", "fused_chunk", "chunk", "parallel")
+
+LONG = {"K": 128, "V": 128}
+CUDA = {
+    "linear": [{"B": 8, "T": 4096, "H": 16, **LONG}, {"B": 1, "T": 131072, "H": 16, **LONG}],
+    "fused_recurrent": [{"B": 8, "T": 64, "H": 16, **LONG}],
+    "parallel": [{"B": 8, "T": 512, "H": 16, **LONG}],
+    "gsa": [{"B": 8, "T": 4096, "H": 16, **LONG, "M": 64}],
+    "attn": [{"B": 8, "T": 4096, "H": 16, "HQ": 16, **LONG}],
+    "simple_gla_step_": [{"N": 256, "H": 32, **LONG}, {"N": 1, "H": 32, **LONG}],
+    "linear_attn_step_": [{"N": 256, "H": 32, **LONG}],
+    "gsa_step_": [{"N": 256, "H": 16, **LONG, "M": 64}],
+    "attn_decoding_one_step": [{"N": 32, "T": 4096, "H": 8, "HQ": 32, **LONG}],
+}
+CPU = {
+    "linear": [{"B": 1, "T": 4096, "H": 4, "K": 64, "V": 64}],
+    "fused_recurrent": [{"B": 1, "T": 64, "H": 4, "K": 64, "V": 64}],
+    "parallel": [{"B": 1, "T": 512, "H": 4, "K": 64, "V": 64}],
+    "gsa": [{"B": 1, "T": 1024, "H": 4, "K": 64, "V": 64, "M": 64}],
+    "attn": [{"B": 1, "T": 4096, "H": 4, "HQ": 4, "K": 64, "V": 64}],
+    "simple_gla_step_": [{"N": 8, "H": 32, **LONG}],
+    "linear_attn_step_": [{"N": 8, "H": 32, **LONG}],
+    "gsa_step_": [{"N": 8, "H": 16, **LONG, "M": 64}],
+    "attn_decoding_one_step": [{"N": 8, "T": 4096, "H": 2, "HQ": 8, "K": 64, "V": 64}],
+}
+QUICK = {  # of a large problem's sizes, those that are cut
+    "cpu": {"T": 256, "H": 2, "HQ": 2, "N": 2},
+    "cuda": {"T": 2048, "B": 2},
+}
+SWEEP = {  # lengths of the plots
+    "cpu": (256, 1024, 4096, 16384, 65536, 131072),
+    "cuda": (1024, 4096, 16384, 65536, 131072),
+}
+
+
+def sizes_for(device: str, family: str, form: str, quick: bool = False) -> list[dict[str, int]]:
+    """List the sizes for an operator of this family and form; a quick run takes the first, made smaller."""
+    table = CUDA if device == "cuda" else CPU
+    found = table[form] if form in table and family != "attn" else table.get(family, table["linear"])
+    if family == "gsa":
+        found = [{**sizes, "M": table["gsa"][0]["M"]} for sizes in found]
+    if quick:
+        limits = QUICK["cuda" if device == "cuda" else "cpu"]
+        found = [{letter: min(size, limits.get(letter, size)) for letter, size in found[0].items()}]
+    return [dict(sizes) for sizes in found]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Random tensors of one problem."""
+    """Draws the random tensors of one problem."""
 
     device: torch.device
     dtype: torch.dtype
     generator: torch.Generator
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Activations."""
+        """Draw activations."""
         return self._random(torch.randn, shape).to(dtype or self.dtype)
 
     def decay(self, *shape: int, axis: int = 2, strong: bool = False) -> Tensor:
-        """Log decays in float32; `axis` is that of the heads, the last or the one before."""
+        """Draw log decays in float32; `axis` is that of the heads, the last or the one before."""
         if strong:
             return torch.nn.functional.logsigmoid(self._random(torch.randn, shape))
         rate = 1 + 15 * self._random(torch.rand, (shape[axis],))
@@ -50,7 +93,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Family:
-    """How the operators of one family, or one operator of its own kind, are called."""
+    """Says how to call the operators of a family, or one operator that belongs to none, and how to count their work."""
 
     draw: Callable[[Draw, Sizes, bool], Inputs]
     trained: tuple[str, ...]
@@ -63,46 +106,47 @@ class Problem:
 
     operator: str
     family: str
-    role: str  # chunk, fused_chunk, fused_recurrent, parallel, auto, or the operator's own name
+    form: str  # one of FORMS, "auto" for a dispatcher, else the operator's own name
     sizes: Sizes = field(hash=False)
     dtype: torch.dtype = torch.float32
     strong: bool = False
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What is timed: a decode step alone, or forward and forward+backward."""
+        """The passes to time: forward and forward+backward, or a decode step alone."""
         return (FORWARD, TRAINING) if _table(self.operator).trained else (DECODE,)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Arguments that a gradient is taken for."""
+        """The arguments that a gradient is taken for."""
         return _table(self.operator).trained
 
     def inputs(self, device: torch.device, seed: int = 0, dtype: torch.dtype | None = None) -> Inputs:
-        """Arguments by the schema's names."""
+        """Draw the arguments, by the schema's names."""
         draw = Draw(device, dtype or self.dtype, torch.Generator(device).manual_seed(seed))
         drawn = _table(self.operator).draw(draw, self.sizes, self.strong)
-        taken = {a.name for a in fla_ops.ops()[self.operator].overload._schema.arguments}
+        taken = {a.name for a in schema_arguments(self.operator)}
         return {name: value for name, value in drawn.items() if name in taken}
 
-    def work(self, what: str, dtype: torch.dtype | None = None) -> Work:
-        """The least operations and bytes of a pass."""
+    def work(self, pass_: str, dtype: torch.dtype | None = None) -> Work:
+        """Count the operations and bytes that a pass cannot avoid."""
         element = torch.empty((), dtype=dtype or self.dtype).element_size()
-        count = floors.quadratic if self.role == "parallel" else _table(self.operator).work
+        count = roofline.quadratic if self.form == "parallel" else _table(self.operator).work
         forward, backward = count(self.sizes, element)
-        return forward + backward if what == TRAINING else forward
+        return forward + backward if pass_ == TRAINING else forward
 
-    def label(self, what: str) -> str:
-        """What a row is called, in `--list` and for `--only`."""
+    def label(self, pass_: str) -> str:
+        """The name of a row, in `--list` and for `--only`."""
         sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
-        return f"{self.operator} {what} {sizes} {_short(self.dtype)}{' strong' if self.strong else ''}"
+        return f"{self.operator} {pass_} {sizes} {dtype_name(self.dtype)}{' strong' if self.strong else ''}"
 
     def resized(self, **sizes: int) -> Problem:
         """The same call at other sizes."""
         return replace(self, sizes={**self.sizes, **sizes})
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name as in "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -120,7 +164,7 @@ def _gated(draw: Draw, s: Sizes, strong: bool) -> Inputs:
 
 
 def _positive(draw: Draw, s: Sizes, strong: bool) -> Inputs:
-    """Normalised linear attention wants feature maps that are positive."""
+    """Make q and k positive, as normalised linear attention needs them."""
     inputs = _linear(draw, s, strong)
     return {name: x.exp() if name != "v" else x for name, x in inputs.items()} | {"normalize": True}
 
@@ -187,42 +231,43 @@ def _normalise(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     return {"q": inputs["q"], "k": inputs["k"], "o": inputs["v"]}
 
 
-def _ungated(s: Sizes, element: int) -> tuple[Work, Work]:
-    return floors.scalar_decay(s, element, gated=False)
-
-
 TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
-    "simple_gla_step_": Family(_step, (), floors.state_step),
-    "linear_attn_step_": Family(_normalised_step, (), floors.state_step),
-    "gsa_step_": Family(_slot_step, (), floors.state_step),
-    "attn_decoding_one_step": Family(_cache_step, (), floors.cache_step),
-    "normalize_output": Family(_normalise, ("q", "k", "o"), floors.elementwise),
-    "simple_gla": Family(_gated, ("q", "k", "v", "g"), floors.scalar_decay),
-    "linear_attn": Family(_positive, ("q", "k", "v"), _ungated),
-    "lightning_attn": Family(_lightning, ("q", "k", "v"), _ungated),
-    "gsa": Family(_slots, ("q", "k", "v", "s", "g"), floors.slots),
-    "attn": Family(_softmax, ("q", "k", "v", "g"), floors.quadratic),
+    "simple_gla_step_": Family(_step, (), roofline.state_step),
+    "linear_attn_step_": Family(_normalised_step, (), roofline.state_step),
+    "gsa_step_": Family(_slot_step, (), roofline.state_step),
+    "attn_decoding_one_step": Family(_cache_step, (), roofline.cache_step),
+    "normalize_output": Family(_normalise, ("q", "k", "o"), roofline.normalisation),
+    "simple_gla": Family(_gated, ("q", "k", "v", "g"), roofline.scalar_decay),
+    "linear_attn": Family(_positive, ("q", "k", "v"), roofline.no_decay),
+    "lightning_attn": Family(_lightning, ("q", "k", "v"), roofline.no_decay),
+    "gsa": Family(_slots, ("q", "k", "v", "s", "g"), roofline.slot_attention),
+    "attn": Family(_softmax, ("q", "k", "v", "g"), roofline.quadratic),
 }
 FAMILIES = ("simple_gla", "linear_attn", "lightning_attn", "gsa", "attn")
 UNTIMED = {"lightning_decay": "a few numbers per layer, computed once"}
 
 
+def schema_arguments(operator: str) -> list[torch.Argument]:
+    """The arguments of an operator's schema."""
+    return list(fla_ops.ops()[operator].overload._schema.arguments)
+
+
 def public_operators() -> list[str]:
-    """Operators that a user calls: those with a public function of the same name."""
+    """The operators that a user calls: those with a public function of the same name."""
     return [name for name in fla_ops.ops() if hasattr(fla_ops, name) and name not in UNTIMED]
 
 
 def family_of(operator: str) -> str:
-    """The family that an operator's name ends in; the operator itself where it is of its own kind."""
+    """The family that an operator's name ends in; the operator's own name if it belongs to none."""
     known = [name for name in TABLE if operator == name or operator.endswith(f"_{name}")]
     if not known:
         raise KeyError(f"{operator} has no benchmark problem: add one to benchmarks/problems.py")
     return max(known, key=len)
 
 
-def role_of(operator: str) -> str:
-    """The form that an operator's name begins with; "auto" for a dispatcher."""
-    found = [prefix for prefix in PREFIXES if operator.startswith(f"{prefix}_")]
+def form_of(operator: str) -> str:
+    """The form that an operator's name begins with; "auto" for a dispatcher, else the operator's own name."""
+    found = [form for form in FORMS if operator.startswith(f"{form}_")]
     if found:
         return found[0]
     return "auto" if operator in FAMILIES else operator
@@ -233,11 +278,11 @@ def _table(operator: str) -> Family:
 
 
 def problems(device: torch.device, quick: bool = False) -> Iterator[Problem]:
-    """Everything that the command measures, in order."""
+    """Yield everything that the command measures, in order."""
     for operator in sorted(public_operators(), key=lambda name: (FAMILIES + tuple(TABLE)).index(family_of(name))):
-        family, role = family_of(operator), role_of(operator)
-        for sizes in sizes_for(device.type, family, role, quick):
+        family, form = family_of(operator), form_of(operator)
+        for sizes in sizes_for(device.type, family, form, quick):
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            yield Problem(operator, family, role, sizes, dtype)
+            yield Problem(operator, family, form, sizes, dtype)
         if operator == "chunk_simple_gla" and not quick:
-            yield Problem(operator, family, role, sizes_for(device.type, family, role)[0], dtype, strong=True)
+            yield Problem(operator, family, form, sizes_for(device.type, family, form)[0], dtype, strong=True)

@@ -1,4 +1,4 @@
-"""What the project set itself, checked against one run's rows."""
+"""The targets that the project set itself, checked against the rows of one run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .ceilings import SIDE
+from .comparison import Row
 from .peers import PRODUCT
 from .problems import DECODE, FORWARD, TRAINING
+from .roofline import SIDE
 
-Row = dict[str, Any]
 CHUNK = "chunk_simple_gla"
 STEP = "simple_gla_step_"
 EAGER = "fla_ops eager"
@@ -19,23 +19,23 @@ NAIVE, MAMBA, SOFTMAX = "fla-core naive_chunk", "transformers Mamba-2", "softmax
 
 @dataclass(frozen=True)
 class Target:
-    """A number that must reach a bound; `find` gives None where the run did not measure it."""
+    """A number that must reach a bound; `find` returns None if the run did not measure it."""
 
     text: str
     bound: float
     find: Callable[[Sequence[Row]], float | None]
 
 
-def _row(rows: Sequence[Row], operator: str, what: str, who: str) -> Row | None:
-    """The first row of this name at the usual decay."""
+def _row(rows: Sequence[Row], operator: str, pass_: str, who: str) -> Row | None:
+    """Find the first such row at the usual decay."""
     return next(
-        (r for r in rows if (r["operator"], r["pass"], r["who"]) == (operator, what, who) and not r["strong"]), None
+        (r for r in rows if (r["operator"], r["pass"], r["who"]) == (operator, pass_, who) and not r["strong"]), None
     )
 
 
-def _faster_than(what: str, peer: str, operator: str = CHUNK) -> Callable[[Sequence[Row]], float | None]:
+def _faster_than(pass_: str, peer: str, operator: str = CHUNK) -> Callable[[Sequence[Row]], float | None]:
     def find(rows: Sequence[Row]) -> float | None:
-        row = _row(rows, operator, what, EAGER)
+        row = _row(rows, operator, pass_, EAGER)
         if row is None:
             return None
         return next((ratio for name, ratio in row["faster_than"].items() if name.startswith(peer)), None)
@@ -44,8 +44,8 @@ def _faster_than(what: str, peer: str, operator: str = CHUNK) -> Callable[[Seque
 
 
 def _of_product(rows: Sequence[Row]) -> float | None:
-    """Against a matrix product in the same rounds: a rate measured at another moment may be another machine's."""
-    found = [_row(rows, CHUNK, FORWARD, f"fla_ops {how}") for how in ("compiled", "inlined")]
+    """Compare with a matrix product timed in the same rounds, since a shared machine is faster at some moments."""
+    found = [_row(rows, CHUNK, FORWARD, f"fla_ops {way}") for way in ("compiled", "inlined")]
     return max(
         (
             r["flops"] / (2 * SIDE["cpu"] ** 3) * r["faster_than"][PRODUCT]
@@ -77,7 +77,7 @@ CPU = (
 
 
 def check(rows: Sequence[Row], device: str, quick: bool) -> list[dict[str, Any]]:
-    """The targets that this run measured: the CPU's, at full size."""
+    """Check the targets that a run measured; there are targets for a CPU at full size only."""
     if device != "cpu" or quick:
         return []
     found = [{"target": t.text, "bound": t.bound, "measured": t.find(rows)} for t in CPU]
@@ -85,7 +85,7 @@ def check(rows: Sequence[Row], device: str, quick: bool) -> list[dict[str, Any]]
 
 
 def lines(targets: Sequence[dict[str, Any]]) -> str:
-    """One line for each target."""
+    """Write one line for each target."""
     return "\n".join(
         f"  {'met    ' if t['met'] else 'NOT MET'}  {t['target']}: {t['measured']:.2f} (target {t['bound']:.2f})"
         for t in targets

@@ -1,4 +1,4 @@
-"""Timing several contenders in one loop, so that whatever else the machine does falls on all of them alike."""
+"""Time implementations alternately in one loop, so that whatever else the machine does slows all of them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .machine import WATCH
+from .machine import OTHER_LOAD
 
-SAMPLE = 2e-3  # seconds that one sample takes at least: fast calls are repeated within it
+SAMPLE = 2e-3  # seconds that one sample takes at least: a fast call is repeated within it
 ROUNDS = (5, 60)  # at least and at most
-SLOW_ROUNDS = 3  # of a contender that alone would use up the time
-NOISY = 0.10  # the spread from which a row is called noisy
+SLOW_ROUNDS = 3  # for an implementation that alone would use up the time
+NOISY = 0.10  # the dispersion above which a row is called noisy
 
 
 @dataclass
-class Contender:
+class Implementation:
     """Something to time: `call(i)` works on the i-th of `sets` sets of inputs."""
 
     name: str
@@ -38,60 +38,56 @@ class Contender:
         return statistics.median(self.samples)
 
     @property
-    def spread(self) -> float:
-        """Distance between the quartiles, relative to the median."""
+    def dispersion(self) -> float | None:
+        """The interquartile range, relative to the median; None for a single sample."""
         if len(self.samples) < 2:
-            return math.inf
+            return None
         low, middle, high = statistics.quantiles(self.samples, n=4)
         return (high - low) / middle
 
-    @property
-    def noisy(self) -> bool:
-        """Whether the samples differ too much for a small difference to mean anything."""
-        return self.spread > NOISY
-
-    def times_slower_than(self, other: Contender) -> float:
-        """Median over the rounds that both ran in, of the ratio within a round."""
+    def times_slower_than(self, other: Implementation) -> float:
+        """The median of the ratios of both times within each round in which both ran."""
         return statistics.median(mine / its for mine, its in zip(self.samples, other.samples, strict=False))
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
+    """Wait until the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def warm_up(contender: Contender, device: torch.device) -> float:
-    """Compile, allocate and fill caches; the seconds of one call afterwards."""
+def warm_up(implementation: Implementation, device: torch.device) -> float:
+    """Compile, allocate and fill caches; return the seconds of one call afterwards."""
     for i in range(2):
-        contender.call(i % contender.sets)
+        implementation.call(i % implementation.sets)
     synchronise(device)
     start = time.perf_counter()
-    contender.call(0)
+    implementation.call(0)
     synchronise(device)
     return time.perf_counter() - start
 
 
-def measure(contenders: Sequence[Contender], device: torch.device, seconds: float) -> None:
-    """Fill in the samples: warm everything up, then go round the contenders, in alternating order, for `seconds`."""
-    once = {c.name: max(warm_up(c, device), 1e-7) for c in contenders}
-    starts = {c.name: n * c.sets // len(contenders) for n, c in enumerate(contenders)}  # no one follows on warm inputs
+def measure(implementations: Sequence[Implementation], device: torch.device, seconds: float) -> None:
+    """Warm everything up, then take samples of each implementation in turn, in alternating order, for `seconds`."""
+    once = {x.name: max(warm_up(x, device), 1e-7) for x in implementations}
+    count = len(implementations)
+    starts = {x.name: n * x.sets // count for n, x in enumerate(implementations)}  # none finds its inputs in a cache
     repeats = {name: math.ceil(SAMPLE / t) for name, t in once.items()}
     slow = {name for name, t in once.items() if t > seconds / ROUNDS[0]}
     least, most = ROUNDS
-    with _undisturbed(), WATCH.watching():
+    with _no_garbage_collection(), OTHER_LOAD.watching():
         end = time.perf_counter() + seconds
         for number in range(most):
             if number >= least and time.perf_counter() > end:
                 break
-            for c in contenders if number % 2 == 0 else reversed(contenders):
-                if c.name not in slow or number < SLOW_ROUNDS:
-                    c.samples.append(_sample(c, repeats[c.name], starts[c.name] + number * repeats[c.name], device))
+            for x in implementations if number % 2 == 0 else reversed(implementations):
+                if x.name not in slow or number < SLOW_ROUNDS:
+                    x.samples.append(_sample(x, repeats[x.name], starts[x.name] + number * repeats[x.name], device))
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No garbage collection inside."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect garbage before, and not while something is timed."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -102,12 +98,13 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def _sample(contender: Contender, repeats: int, first: int, device: torch.device) -> float:
-    """Seconds for one call, averaged over `repeats` calls on successive sets of inputs from number `first` on.
+def _sample(implementation: Implementation, repeats: int, first: int, device: torch.device) -> float:
+    """Average the seconds of one call over `repeats` calls on successive sets of inputs from number `first` on.
 
-    One call before them is not timed: what the contender before left to the caches and the allocator is not its own.
+    One call before them is not timed, because the implementation before left its own data in the caches and its own
+    blocks in the allocator.
     """
-    call, sets = contender.call, contender.sets
+    call, sets = implementation.call, implementation.sets
     order = [(first + i) % sets for i in range(repeats)]
     call((first - 1) % sets)
     synchronise(device)
@@ -125,17 +122,17 @@ def _sample(contender: Contender, repeats: int, first: int, device: torch.device
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(contender: Contender, device: torch.device) -> int | None:
-    """Bytes allocated at the fullest point of one call, beyond what was held before."""
+def peak_memory(implementation: Implementation, device: torch.device) -> int:
+    """Count the bytes allocated at the fullest point of one call, beyond what was held before."""
     if device.type == "cuda":
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        contender.call(0)
+        implementation.call(0)
         synchronise(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
     with _silent_stderr(), torch.profiler.profile(profile_memory=True) as profiler:
-        contender.call(0)
+        implementation.call(0)
     events = profiler.profiler.kineto_results.events()
     held = peak = 0
     for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
@@ -146,7 +143,7 @@ def peak_memory(contender: Contender, device: torch.device) -> int | None:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's library announces itself on the file descriptor."""
+    """Redirect file descriptor 2, on which the profiler's library announces itself."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

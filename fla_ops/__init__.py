@@ -1,7 +1,7 @@
 """Linear-attention operators for PyTorch, registered as `torch.ops.fla.*`.
 
 Every operator has a fake implementation and a gradient, so a model that calls it traces under
-`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, ATen implementations on a CPU.
+`torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, C++ and ATen on a CPU.
 """
 
 from fla_ops import registrations as registrations  # registers every operator
@@ -35,6 +35,8 @@ from fla_ops.simple_gla.api import (
 
 from .dispatch import explain
 
+__version__ = "0.1.0"
+
 
 def ops() -> dict[str, Operator]:
     """Every registered operator by name, with its schema, kind and implementations."""
@@ -43,6 +45,7 @@ def ops() -> dict[str, Operator]:
 
 __all__ = [
     "Operator",
+    "__version__",
     "attn",
     "attn_decoding_one_step",
     "chunk_gsa",
@@ -71,3 +74,8 @@ __all__ = [
     "simple_gla",
     "simple_gla_step_",
 ]
+
+
+def __dir__() -> list[str]:
+    """What the package is for, without what it is made of."""
+    return sorted(__all__)

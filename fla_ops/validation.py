@@ -8,7 +8,7 @@ when a size is unbacked). A launcher first asks a plain predicate and comes here
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,30 +16,110 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
+COUNTED = ("H", "HK", "HQ", "K", "V", "M")  # of which there is at least one
+PLAIN = (Tensor, torch.nn.Parameter)
+ACCEPTED = 4096  # calls that `once` remembers
 
 Size = Any  # int or torch.SymInt
 
 
-def shape(name: str, x: Tensor, letters: str, sizes: Sequence[Size]) -> None:
-    """`x` must have exactly `sizes`; `letters` names them in the message, as in "[B, T, H]"."""
+class Sizes(dict[str, Size]):
+    """The size of each axis letter of a call."""
+
+    def of(self, axes: str) -> tuple[Size, ...]:
+        """The shape that axis letters describe, as in "B T H V"."""
+        return tuple(self[letter] for letter in letters_of(axes))
+
+
+def letters_of(axes: str) -> list[str]:
+    """The letters of "N H V K (state_v_first=True)", whose note is for the message."""
+    return axes.partition(" (")[0].split()
+
+
+def pattern_of(axes: str) -> str:
+    """Axis letters as a message shows them, "[N, H, V, K] (state_v_first=True)"."""
+    _, note, text = axes.partition(" (")
+    return f"[{', '.join(letters_of(axes))}]{note}{text}"
+
+
+def axes(c: Any, grouped: tuple[str, str, str, str] | None = None) -> Sizes:
+    """Hold every tensor of a call to its axes, and return what each letter stands for.
+
+    `c.axes` names the axes of each tensor. A letter is bound by the first tensor that has it, in the order of that
+    table; the others must agree. Widths and numbers of heads are at least 1. `grouped` says whose heads share those of
+    others, as in ("v", "H", "q and k", "HK"): H is a multiple of HK.
+    """
+    sizes = Sizes({"1": 1, "2": 2})
+    tensor, heads, shared, base = grouped or ("",) * 4
+    for name, letters in c.axes.items():
+        x = getattr(c, name, None)
+        if name == "cu_seqlens":
+            sizes["N"] = packing(c, sizes.get("B", 1))
+        elif x is not None and name != "cu_seqlens_cpu":
+            known = heads in sizes and base in sizes
+            bind(name, x, letters, sizes)
+            if not known and heads in sizes and base in sizes:
+                multiple(tensor, sizes[heads], shared, sizes[base])
+    return sizes
+
+
+def bind(name: str, x: Tensor, axes: str, sizes: Sizes) -> None:
+    """Hold one tensor to its axes; letters that are new take its sizes."""
+    letters = letters_of(axes)
 
     def message() -> str:
-        return f"{name} must be {letters} = ({', '.join(map(str, sizes))}), got {_sizes(x)}"
+        sized = f" = ({', '.join(str(sizes[x]) for x in letters)})" if all(x in sizes for x in letters) else ""
+        return f"{name} must be {pattern_of(axes)}{sized}, got {_sizes(x)}"
 
-    torch._check_value(x.dim() == len(sizes), message)
-    for got, wanted in zip(x.shape, sizes, strict=True):
-        torch._check_value(got == wanted, message)
-
-
-def rank(name: str, x: Tensor, letters: str) -> None:
-    """`x` must have as many dimensions as `letters` names."""
-    wanted = letters.count(",") + 1
-    torch._check_value(x.dim() == wanted, lambda: f"{name} must be {letters}, got {_sizes(x)}")
+    torch._check_value(x.dim() == len(letters), message)
+    for letter, size in zip(letters, x.shape, strict=True):
+        if letter not in sizes and letter in COUNTED:
+            positive(name, size, letter)
+        sizes.setdefault(letter, size)
+    for letter, size in zip(letters, x.shape, strict=True):
+        torch._check_value(size == sizes[letter], message)
 
 
 def positive(name: str, size: Size, letter: str) -> None:
     """A width or head count must be at least 1."""
     torch._check_value(size >= 1, lambda: f"{name} must have {letter} >= 1, got {letter} = {size}")
+
+
+def packing(c: Any, batch: Size) -> Size:
+    """The number of sequences; the offsets of packed ones are checked as far as they can be without reading them."""
+    offsets, on_host = c.cu_seqlens, getattr(c, "cu_seqlens_cpu", None)
+    torch._check_value(offsets is not None or on_host is None, lambda: "cu_seqlens_cpu was given without cu_seqlens")
+    if offsets is None:
+        return batch
+    cu_seqlens(offsets, batch, on_host)
+    return offsets.shape[0] - 1
+
+
+def once(check: Callable[[Any], Any], pools: tuple[str, ...] = ()) -> Callable[[Any], None]:
+    """The eager fast path of a check: a call like one that was accepted before, in its tensors' shapes, dtypes and
+    devices and in all else, is accepted at once. Pools, which are updated in place, may not share memory.
+    """
+    accepted: set[tuple[Any, ...]] = set()
+
+    def launch(c: Any) -> None:
+        transformed = torch._C._are_functorch_transforms_active()
+        if transformed or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in c):
+            check(c)  # sizes may be symbolic, and there is no memory
+            return
+        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in c])
+        if pools:
+            key += tuple([getattr(c, name).stride() for name in pools])
+        if key not in accepted:
+            check(c)
+            for name in pools:
+                overlap(name, getattr(c, name))
+            if len(accepted) >= ACCEPTED:
+                accepted.clear()
+            accepted.add(key)
+        if len(pools) > 1:
+            apart(c, pools)
+
+    return launch
 
 
 def multiple(name: str, heads: Size, of: str, base: Size) -> None:
@@ -69,14 +149,58 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
-def same_device(reference: Tensor, **tensors: Tensor | None) -> None:
-    """All tensors lie where the first activation lies."""
-    for name, x in tensors.items():
-        if x is not None:
+def same_device(c: Any) -> None:
+    """All tensors of a call lie where its first one lies, but for the host's copy of the offsets."""
+    device = c[0].device
+    for name, x in zip(c._fields, c, strict=True):
+        if isinstance(x, Tensor) and name != "cu_seqlens_cpu":
             torch._check_value(
-                x.device == reference.device,
-                lambda name=name, x=x: f"{name} must be on {reference.device} like q, got {x.device}",
+                x.device == device,
+                lambda name=name, x=x: f"{name} must be on {device} like {c._fields[0]}, got {x.device}",
             )
+
+
+def pools(c: Any, *names: str) -> None:
+    """What a step updates in place, half or single precision (double beside float64 activations), and its rows."""
+    for name in names:
+        x = getattr(c, name)
+        torch._check_type(
+            x.dtype in (FLOATS if c.q.dtype is torch.float64 else FLOATS[1:]),
+            lambda name=name, x=x: f"{name} must be float32, bfloat16 or float16, got {_names([x.dtype])}",
+        )
+    if c.slots is not None:
+        torch._check_type(
+            c.slots.dtype in (torch.int32, torch.int64),
+            lambda: f"slots must be int32 or int64, got {_names([c.slots.dtype])}",
+        )
+
+
+def overlap(name: str, x: Tensor) -> None:
+    """No two elements of a tensor that is updated in place lie at one address."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name} is updated in place: no two of its elements may share memory, got shape {_sizes(x)} with "
+                f"strides {x.stride()}; give it a clone"
+            )
+        extent += (size - 1) * stride
+
+
+def apart(c: Any, pools: Sequence[str]) -> None:
+    """Pools that are updated in one call do not share memory; views that interleave are apart."""
+    spans = sorted((x.data_ptr(), _bytes(x), name) for name in pools for x in (getattr(c, name),))
+    for (start, length, name), (after, _, other) in itertools.pairwise(spans):
+        x, y = getattr(c, name), getattr(c, other)
+        if start + length > after and length and (start == after or x.is_contiguous() or y.is_contiguous()):
+            raise ValueError(f"{name} and {other} are updated in place: they may not share memory; give one a clone")
+
+
+def _bytes(x: Tensor) -> int:
+    """From the first byte to the last."""
+    if x.numel() == 0:
+        return 0
+    return x.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def chunk_size(size: int) -> None:
@@ -146,9 +270,9 @@ def slot_values(slots: Tensor, pool: int) -> list[int]:
     return values
 
 
-def scale_of(q: Tensor, scale: float | None) -> float:
-    """K ** -0.5 unless given."""
-    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States are carried in float32, or in float64 for float64 activations."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _sizes(x: Tensor) -> str:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fla_ops.linear_attn import checks
-
-from .simple_gla import state_dtype
-
-
-def normalize(q, k, o, scale, initial_z, output_final_z, reverse, cu_seqlens, cu_seqlens_cpu):
-    checks.inputs(q, k, o, initial_z, cu_seqlens, cu_seqlens_cpu)
-    final_z = None
-    if output_final_z:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        final_z = o.new_empty((sequences, 1, o.shape[2], q.shape[3]), dtype=state_dtype(o))
-    return o.new_empty(o.shape), final_z
+from fla_ops.linear_attn.call import Normalize, Normalized, NormalizeStep
+from fla_ops.validation import state_dtype
 
 
-def normalize_backward(q, k, normalized, initial_z, cu_seqlens, dnormalized, dfinal_z, scale, reverse, output_mask):
-    inputs = (q, k, normalized, initial_z)
-    return tuple(x.new_empty(x.shape) if wanted else None for wanted, x in zip(output_mask, inputs, strict=True))
+def normalize(c: Normalize) -> Normalized:
+    sizes = checks.inputs(c)
+    o = c.o.new_empty(sizes.of(c.axes["normalized"]))
+    if not c.output_final_z:
+        return Normalized(o, None)
+    return Normalized(o, c.o.new_empty(sizes.of(c.axes["final_z"]), dtype=state_dtype(c.o)))
 
 
-def normalize_step(q, k, o, z, scale, slots):
-    checks.step(q, k, o, z, slots)
-    return o.new_empty(o.shape)
+def normalize_step(c: NormalizeStep) -> Tensor:
+    return c.o.new_empty(checks.step(c).of(c.axes["normalized"]))

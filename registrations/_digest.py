@@ -23,8 +23,16 @@ def package_digest() -> str:
 
 
 def tag_compile_caches() -> None:
-    """Add the digest to torch.compiler.config.cache_key_tag, once."""
+    """Add the digest to torch.compiler.config.cache_key_tag, once, for every thread."""
     config = torch.compiler.config
     tag = f"fla={package_digest()}"
-    if tag not in config.cache_key_tag:
-        config.cache_key_tag = f"{config.cache_key_tag};{tag}".lstrip(";")
+
+    def tagged(before: str) -> str:
+        return before if tag in before else f"{before};{tag}".lstrip(";")
+
+    # A setting is the setting thread's own; its default, and what the environment says instead, hold for all threads.
+    entry = vars(config)["_config"]["cache_key_tag"]
+    entry.default = tagged(entry.default)
+    if isinstance(entry.env_value_default, str):
+        entry.env_value_default = tagged(entry.env_value_default)
+    config.cache_key_tag = tagged(config.cache_key_tag)

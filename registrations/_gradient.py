@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import _C
+from torch import _C, Tensor
 from torch._functorch import autograd_function
 from torch._ops import OpOverload
 
+from fla_ops.signature import Gradient
 
-def kernel(
-    op: OpOverload, setup_context: Callable[..., None] | None, backward: Callable[..., Any] | None
-) -> Callable[..., Any]:
+
+def kernel(op: OpOverload, gradient: Gradient | None) -> Callable[..., Any]:
     """The function to register under the Autograd key (with the keyset as its first argument)."""
-    if backward is None:
-        return _refusing(op)
-    if setup_context is None:
-        raise TypeError(f"{op._schema.name}: a backward formula needs a setup_context")
-    return _differentiable(op, setup_context, backward)
+    return _refusing(op) if gradient is None else _differentiable(op, *_formula(gradient))
+
+
+def version_kernel(op: OpOverload, mutated: Sequence[int]) -> Callable[..., Any]:
+    """The function to register under ADInplaceOrView, for an operator that updates some arguments in place.
+
+    A gradient that saved one of them before must not read the new values without a word: the version counter says so.
+    """
+
+    def run(keyset: Any, *args: Any) -> Any:
+        for i in mutated:
+            if args[i].is_inference():
+                name = op._schema.arguments[i].name
+                raise RuntimeError(
+                    f"{op._schema.name} updates {name} in place, which is an inference tensor: outside InferenceMode, "
+                    f"give it a clone"
+                )
+            torch.autograd.graph.increment_version(args[i])
+        return op.redispatch(keyset & _C._after_ADInplaceOrView_keyset, *args)
+
+    return run
+
+
+def _formula(gradient: Gradient) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """What an operator's gradient saves, and how it is computed from that: by one call of the backward operator."""
+    fields, outputs = gradient.of.fields, gradient.of.outputs._fields
+    saved = [(0, fields.index(x)) if x in fields else (1, outputs.index(x)) for x in gradient.saved]
+    settings = [fields.index(name) for name in gradient.settings]
+    kept = [outputs.index(name) for name in gradient.kept]
+    received = [outputs.index(name) for name in gradient.received]
+    wanted = [fields.index(name) for name in gradient.need._fields]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        output = (output,) if isinstance(output, Tensor) else output
+        ctx.mark_non_differentiable(*(output[i] for i in kept if output[i] is not None))
+        ctx.save_for_backward(*((inputs, output)[which][i] for which, i in saved))
+        ctx.settings = [inputs[i] for i in settings]
+        ctx.first = output[0].shape, output[0].dtype
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        results: list[Tensor | None] = [None] * len(fields)
+        first, *others = (grads[i] for i in received)
+        if all(d is None for d in (first, *others)):
+            return tuple(results)
+        tensors = ctx.saved_tensors
+        if first is None:  # only a final state was used
+            shape, dtype = ctx.first
+            first = tensors[0].new_zeros(shape, dtype=dtype)
+        mask = [ctx.needs_input_grad[i] for i in wanted]
+        operator = getattr(torch.ops.fla, gradient.name)
+        for i, d in zip(wanted, operator(*tensors, first, *others, *ctx.settings, mask), strict=True):
+            results[i] = d
+        return tuple(results)
+
+    return setup_context, backward
 
 
 def _below_autograd(op: OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
@@ -37,8 +88,6 @@ def _refuse_forward_mode(op: OpOverload) -> None:
 
 def _refusing(op: OpOverload) -> Callable[..., Any]:
     name = op._schema.name
-    if name.endswith("_backward"):
-        return _refusing_later(op)
 
     def run(keyset: Any, *args: Any) -> Any:
         _refuse_forward_mode(op)
@@ -51,7 +100,7 @@ def _refusing(op: OpOverload) -> Callable[..., Any]:
     return run
 
 
-def _refusing_later(op: OpOverload) -> Callable[..., Any]:
+def refusing_later(op: OpOverload) -> Callable[..., Any]:
     """For a backward operator: `torch.func.grad` records it always, so only differentiating its outputs is an error."""
     name = op._schema.name
     reason = (

@@ -8,7 +8,10 @@ either way.
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,40 +19,60 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
+# In the key of PyTorch's compile caches: graphs with and without bodies must not mix. It is the only record of whether
+# bodies are inlined, so that a graph is kept under the key by which it was traced: for the thread that asked or, where
+# PyTorch's settings are those of all threads (up to 2.11), for all of them.
+MARK = ";fla-inlined"
 
-class _State:
-    active = False
+_changing = threading.Lock()
 
 
 @contextlib.contextmanager
 def inlining() -> Iterator[None]:
     """Within this context, compiled code and AOTInductor packages hold the operators' bodies instead of calls to them.
 
-    Wrap `torch._inductor.aoti_compile_and_package(...)`, or the first call of a `torch.compile`d function.
-    Operators without a traceable body (see `Operator.inlines_on`) stay calls.
+    Wrap `torch._inductor.aoti_compile_and_package(...)`, or the first call of a `torch.compile`d function, in the
+    thread that makes it. Operators without a traceable body (see `Operator.inlines_on`) stay calls, with a warning.
     """
-    previous, key = _State.active, torch.compiler.config.cache_key_tag
-    _State.active = True
-    torch.compiler.config.cache_key_tag = f"{key};fla-inlined"  # cached graphs with and without bodies must not mix
+    config = torch.compiler.config
+    with _changing:
+        config.cache_key_tag += MARK
     try:
         yield
     finally:
-        _State.active = previous
-        torch.compiler.config.cache_key_tag = key
+        with _changing:  # one mark of however many contexts are open: they need not end in the order of their beginning
+            config.cache_key_tag = config.cache_key_tag.replace(MARK, "", 1)
 
 
-def register(
-    op: OpOverload, bodies: dict[str, str], resolve: Callable[[str], Callable[..., Any]], library: torch.library.Library
-) -> None:
-    """Register the rule of `op` for the functionalization mode; `bodies` maps a device type to "module:function"."""
+def active() -> bool:
+    """Whether this thread's traces hold bodies."""
+    return MARK in torch.compiler.config.cache_key_tag
+
+
+def register(op: OpOverload, bodies: dict[str, Callable[..., Any]], library: torch.library.Library) -> None:
+    """Register the rule of `op` for the functionalization mode; `bodies` maps a device type to a function of the
+    operator's arguments.
+    """
 
     def rule(mode: Any, overload: OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
         exporting = not torch._functorch.config.decompose_custom_triton_ops
-        if not _State.active or exporting or device not in bodies:
+        if exporting or not active():
             return mode.__torch_dispatch__(overload, types, args, kwargs)
-        defaults = [a.default_value for a in overload._schema.arguments]
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if device not in bodies:
+            _warn(str(overload), device)
+            return mode.__torch_dispatch__(overload, types, args, kwargs)
         with mode:
-            return resolve(bodies[device])(*args, *defaults[len(args) :], **(kwargs or {}))
+            return bodies[device](*args)
 
     torch.library.register_torch_dispatch(op._schema.name, FunctionalTensorMode, rule, lib=library)
+
+
+@cache
+def _warn(name: str, device: str) -> None:
+    """Say once that an operator stays a call."""
+    warnings.warn(
+        f"{name} has no body to inline on {device}, and stays a call: a package with it runs only where fla_ops was "
+        "imported",
+        stacklevel=3,
+    )

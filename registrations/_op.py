@@ -1,28 +1,30 @@
-"""The one call that wires an operator into PyTorch: schema, kernels, fake, gradient, autocast, FLOP formula,
-inlining.
-"""
+"""The calls that wire an operator into PyTorch: schema, kernels, fake, gradient, autocast, FLOP formula, inlining."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import _autocast, _flops, _gradient, _inline
+from fla_ops.signature import Gradient, Signature
+
+from . import _autocast, _flops, _gradient, _inline, _vmap
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+ACTIVATIONS = ("q", "k", "v", "o")  # what autocast casts: gates, biases and states keep their dtype
 
 # Triton's own switch: with it set, a kernel runs on host tensors, so the CPU key takes the Triton launchers.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Operator:
     kind: Literal["differentiable", "inference", "composite"]
     schema: str
     overload: OpOverload
+    declaration: Signature | Gradient
     cpu: str | None = None
     cuda: str | None = None
     inlines_on: tuple[str, ...] = ()
@@ -45,30 +48,121 @@ OPERATORS: dict[str, Operator] = {}
 
 
 @cache
-def resolve(path: str) -> Callable[..., Any]:
+def resolve(path: str) -> Function:
     """The function that "package.module:function" names, imported on first use."""
     module, function = path.split(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    found: Function = getattr(importlib.import_module(module), function)
     return found
 
 
-def _complete(op: OpOverload, function: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Call `function()` with every argument of the schema: the dispatcher drops trailing ones that equal their
-    default.
+def register(
+    signature: Signature,
+    *,
+    cpu: str,
+    cuda: str,
+    fake: Function,
+    gradient: Gradient | None = None,
+    flops: Function | None = None,
+    inline: dict[str, str] | None = None,
+    tags: Sequence[torch.Tag] = (torch.Tag.needs_contiguous_strides,),
+) -> None:
+    """Register one operator under `torch.ops.fla`.
+
+    signature  its arguments and results; the functions below take its call
+    cpu, cuda  "module:function" of the implementations, imported at the first launch
+    fake       checks the call and returns empty results
+    gradient   what differentiates it, registered by `register_backward`; without it, asking for a gradient is an error
+    flops      FLOP formula over a call of shapes, for `torch.utils.flop_counter`
+    inline     per device type, "module:function" of a body that may stand in for the operator in compiled code
     """
-    defaults = [a.default_value for a in op._schema.arguments]
 
-    def kernel(*args: Any) -> Any:
-        return function()(*args, *defaults[len(args) :])
+    def adapt(function: Callable[[], Function]) -> Function:
+        return lambda *args: signature.returned(function()(signature.call_of(args)))
 
-    return kernel
+    op = _define(signature, signature.schema, tags)
+    if flops is not None:
+        _flops.register(op._overloadpacket, lambda *args, **_: flops(signature.call_of(args)))
+    cast = frozenset(i for i, name in enumerate(signature.fields) if name in ACTIVATIONS)
+    _wire(op, signature, adapt, cpu, cuda, fake, cast, inline)
+    LIBRARY.impl(signature.name, _gradient.kernel(op, gradient), "Autograd", with_keyset=True)
+    if signature.mutated:
+        positions = [signature.fields.index(name) for name in signature.mutated]
+        LIBRARY.impl(signature.name, _gradient.version_kernel(op, positions), "ADInplaceOrView", with_keyset=True)
+    _record(signature, op, "differentiable" if gradient else "inference", cpu, cuda, tuple(inline or ()))
 
 
-def _kernel(op: OpOverload, path: str) -> Callable[..., Any]:
-    return _complete(op, lambda: resolve(path))
+def register_backward(
+    gradient: Gradient,
+    *,
+    cpu: str,
+    cuda: str,
+    flops: Function | None = None,
+    inline: dict[str, str] | None = None,
+    tags: Sequence[torch.Tag] = (torch.Tag.needs_contiguous_strides,),
+) -> None:
+    """Register the operator that computes a gradient. Its functions take the call, the outputs' gradients, the flags of
+    what is wanted, and the saved outputs if there are any. They return a gradient, or None, for each flag.
+    """
+
+    def adapt(function: Callable[[], Function]) -> Function:
+        return lambda *args: function()(*gradient.parts_of(args))
+
+    op = _define(gradient, gradient.schema, tags)
+    if flops is not None:
+        _flops.register(op._overloadpacket, lambda *args, **_: flops(*gradient.parts_of(args)))
+    _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), inline)
+    LIBRARY.impl(gradient.name, _gradient.refusing_later(op), "Autograd", with_keyset=True)
+    _record(gradient, op, "inference", cpu, cuda, tuple(inline or ()))
 
 
-def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def register_composite(signature: Signature, function: str) -> None:
+    """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
+    those.
+    """
+    op = _define(signature, signature.schema, ())
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+        LIBRARY.impl(signature.name, lambda *args: signature.returned(resolve(function)(signature.call_of(args))), key)
+    _record(signature, op, "composite")
+
+
+def _define(declaration: Signature | Gradient, schema: str, tags: Sequence[torch.Tag]) -> OpOverload:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), declaration.name).default
+    return op
+
+
+def _record(declaration: Signature | Gradient, op: OpOverload, kind: Any, *implementations: Any) -> None:
+    name = declaration.name
+    OPERATORS[name] = Operator(name, kind, str(op._schema), op, declaration, *implementations)
+
+
+def _wire(
+    op: OpOverload,
+    declaration: Signature | Gradient,
+    adapt: Callable[[Callable[[], Function]], Function],
+    cpu: str,
+    cuda: str,
+    fake: Function,
+    cast: frozenset[int],
+    inline: dict[str, str] | None,
+) -> None:
+    """Register what runs below autograd; `adapt` turns a function of the declaration's parts into one of arguments."""
+    qualified, name = op._schema.name, op._opname
+    LIBRARY.impl(name, adapt(partial(resolve, cuda if INTERPRETED else cpu)), "CPU")
+    LIBRARY.impl(name, _on_its_device(adapt(partial(resolve, cuda))), "CUDA")
+    torch.library.register_fake(qualified, adapt(lambda: fake), lib=LIBRARY)
+    # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        LIBRARY.impl(name, _autocast.kernel(op, device, cast), key)
+    batched = _vmap.rule(op, declaration)
+    torch.library.register_vmap(qualified, batched, lib=LIBRARY)
+    LIBRARY.impl(name, _vmap.legacy_kernel(batched), "Batched")
+    if not INTERPRETED:
+        bodies = {device: adapt(partial(resolve, path)) for device, path in (inline or {}).items()}
+        _inline.register(op, bodies, LIBRARY)
+
+
+def _on_its_device(kernel: Function) -> Function:
     """Launch with the tensors' device as the current one: Triton launches on the current device whatever it is
     given.
     """
@@ -83,68 +177,8 @@ def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def register(
-    schema: str,
-    *,
-    cpu: str,
-    cuda: str,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    cast: Sequence[str] = (),
-    flops: Callable[..., int] | None = None,
-    inline: dict[str, str] | None = None,
-    tags: Sequence[torch.Tag] = (),
-) -> OpOverload:
-    """Register one operator under `torch.ops.fla`.
-
-    schema         the full schema; sizes are SymInt, an in-place argument says `Tensor(a!)`
-    cpu, cuda      "module:function" of the ATen and the Triton implementation, imported at the first launch
-    fake           shapes, dtypes and argument checks; its parameters must be the schema's, in order
-    setup_context  what the gradient keeps, as in `torch.autograd.Function`
-    backward       the gradient, from other registered operators; without it, asking for a gradient is an error
-    cast           arguments that autocast casts (activations only: gates and states keep their dtype)
-    flops          FLOP formula over shapes, for `torch.utils.flop_counter`
-    inline         per device type, "module:function" of a body that may stand in for the operator in compiled code
-    """
-    name = schema[: schema.index("(")].strip()
-    qualified = f"{NAMESPACE}::{name}"
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    arguments = [a.name for a in op._schema.arguments]
-    if (taken := list(inspect.signature(fake).parameters)) != arguments:
-        raise TypeError(f"{qualified}: the fake must take the schema's arguments {arguments}, got {taken}")
-
-    LIBRARY.impl(name, _kernel(op, cuda if INTERPRETED else cpu), "CPU")
-    LIBRARY.impl(name, _on_its_device(_kernel(op, cuda)), "CUDA")
-    torch.library.register_fake(qualified, _complete(op, lambda: fake), lib=LIBRARY)
-    LIBRARY.impl(name, _gradient.kernel(op, setup_context, backward), "Autograd", with_keyset=True)
-    # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.
-    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        LIBRARY.impl(name, _autocast.kernel(op, device, frozenset(arguments.index(c) for c in cast)), key)
-    if flops is not None:
-        _flops.register(op._overloadpacket, flops)
-    if inline and not INTERPRETED:
-        _inline.register(op, inline, resolve, LIBRARY)
-    OPERATORS[name] = Operator(
-        name=name,
-        kind="inference" if backward is None else "differentiable",
-        schema=str(op._schema),
-        overload=op,
-        cpu=cpu,
-        cuda=cuda,
-        inlines_on=tuple(inline or ()),
-    )
-    return op
-
-
-def register_composite(schema: str, function: str) -> OpOverload:
-    """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
-    those.
-    """
-    name = schema[: schema.index("(")].strip()
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op: OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    LIBRARY.impl(name, _kernel(op, function), "CompositeImplicitAutograd")
-    OPERATORS[name] = Operator(name=name, kind="composite", schema=str(op._schema), overload=op)
-    return op
+def _like_inputs(call: Any, gradients: Any, need: Any, saved: Any = ()) -> tuple[Tensor | None, ...]:
+    """The fake of a backward operator: each gradient is like its input; one that was not saved is like the output."""
+    inputs = (getattr(call, name) for name in need._fields)
+    like = (saved[0] if x is None and saved else x for x in inputs)
+    return tuple(x.new_empty(x.shape) if wanted else None for wanted, x in zip(need, like, strict=True))

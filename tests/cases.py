@@ -3,9 +3,8 @@
 A case is one call of one registered operator: inputs to build, the reference that says what must come out, and what
 each axis of a tensor means. The contract tests run over all cases, so a family only adds its own:
 
-1. Write `tests/cases_<family>.py`: how to build inputs, a reference for each operator, `register(Case(...), ...)`.
-2. Write `tests/refusals_<family>.py`: `REFUSALS`, a list of `Refusal(...)`, the calls that must fail and how.
-3. Add `"<family>"` to FAMILIES below.
+1. Write `tests/<family>/cases.py`: how to build inputs, a reference for each operator, `register(Case(...), ...)`.
+2. Write `tests/<family>/refusals.py`: the calls that must fail for a reason of their own (see `tests/refusals.py`).
 
 Using them:
 
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations as subsets
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +37,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fla_ops
+from fla_ops.signature import Signature
+from fla_ops.validation import letters_of
 
-FAMILIES = ("attn", "gsa", "simple_gla", "linear_attn", "lightning_attn")
+FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/cases.py")))
 
 COMBINATION = "combination"  # tiny; one for each legal combination of optional inputs
 INDUCTOR = "inductor"  # also compiled with Inductor, which takes seconds: a few for each operator
@@ -89,11 +91,12 @@ class Case:
     sizes           the size of each axis letter, and "offsets" for packed sequences; all different where possible
     reference       (**arguments) -> the outputs, differentiable by autograd, in float64 when given float64
     outputs         names of what the reference returns
-    axes            the axis letters of every tensor, inputs and outputs, as "B T HK K"; B, T, N and P may vary
     differentiable  arguments that have a gradient
     tags            COMBINATION, INDUCTOR, EXPORT, SMALL
     dtypes          activation dtypes in which the case runs
     public          the public function's arguments from the operator's, where they differ (a pair for two states)
+    axes            the axis letters of every tensor, as "B T HK K", where they are not those that the operator's call
+                    declares
     """
 
     id: str
@@ -102,17 +105,19 @@ class Case:
     sizes: Mapping[str, Any]
     reference: Callable[..., tuple[Any, ...]]
     outputs: tuple[str, ...]
-    axes: Mapping[str, str]
     differentiable: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     public: Callable[[Inputs], Inputs] = dict
+    axes: Mapping[str, str] = field(default_factory=dict)
     given: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Find out which arguments the case gives."""
-        given = (name for name, value in self.inputs().items() if value is not None)
-        object.__setattr__(self, "given", frozenset(given))
+        """Find out which arguments the case gives, and what their axes are."""
+        inputs = self.inputs()
+        object.__setattr__(self, "given", frozenset(name for name, value in inputs.items() if value is not None))
+        if not self.axes:
+            object.__setattr__(self, "axes", self.declaration.call(**inputs).axes)
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.id}"
@@ -123,9 +128,14 @@ class Case:
         return fla_ops.ops()[self.operator].overload
 
     @property
+    def declaration(self) -> Signature:
+        """The operator's arguments."""
+        return fla_ops.ops()[self.operator].declaration
+
+    @property
     def mutated(self) -> tuple[str, ...]:
         """Arguments that the operator updates in place."""
-        return tuple(a.name for a in self.overload._schema.arguments if a.alias_info and a.alias_info.is_write)
+        return self.declaration.mutated
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -149,7 +159,7 @@ class Case:
 
     def axis(self, name: str, letter: str) -> list[int]:
         """The dimensions of a tensor that a letter names."""
-        return [i for i, found in enumerate(self.axes.get(name, "").split()) if found == letter]
+        return [i for i, found in enumerate(letters_of(self.axes.get(name, ""))) if found == letter]
 
 
 _REGISTERED: list[Case] = []
@@ -168,45 +178,13 @@ def register(*new: Case) -> None:
 @cache
 def _all() -> tuple[Case, ...]:
     for family in FAMILIES:
-        importlib.import_module(f"tests.cases_{family}")
+        importlib.import_module(f"tests.{family}.cases")
     return tuple(_REGISTERED)
 
 
 def cases(operator: str | None = None, tag: str | None = None) -> list[Case]:
     """Every case, or those of an operator, or those with a tag."""
     return [c for c in _all() if operator in (None, c.operator) and (tag is None or tag in c.tags)]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A call that must be refused: a case's call with some arguments changed.
-
-    id       what is wrong
-    case     the call before the change
-    change   by argument: a new value, or what makes it from the old one
-    error    the exception
-    message  regular expression that its message matches: what was wanted and what came
-    """
-
-    id: str
-    case: Case
-    change: Mapping[str, Any]
-    error: type[Exception]
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.case.operator}-{self.id}"
-
-    def inputs(self) -> Inputs:
-        """The arguments of the refused call."""
-        inputs = self.case.inputs()
-        changed = {name: new(inputs[name]) if callable(new) else new for name, new in self.change.items()}
-        return inputs | changed
-
-
-def refusals() -> list[Refusal]:
-    """Every call that must be refused: `REFUSALS` of each `tests/refusals_<family>.py`."""
-    return [r for family in FAMILIES for r in importlib.import_module(f"tests.refusals_{family}").REFUSALS]
 
 
 def widened(inputs: Inputs) -> Inputs:

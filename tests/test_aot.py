@@ -1,6 +1,6 @@
 """Every entry of the launch tables, compiled for the card it is for: no spills, shared memory, matrix units.
 
-A family says in `aot_<family>.py` which calls launch each of its kernels.
+A family says in `<family>/launches.py` which calls launch each of its kernels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests import aot
 
 NO_SPILLS_FROM = (3, 7)  # of Triton: older compilers give some kernels a few registers less
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {}
-for path in sorted(Path(__file__).parent.glob("aot_*.py")):
-    CALLS |= importlib.import_module(f"tests.{path.stem}").CALLS
+for path in sorted(Path(__file__).parent.glob("*/launches.py")):
+    CALLS |= importlib.import_module(f"tests.{path.parent.name}.launches").CALLS
 
 ENTRIES = [
     pytest.param(target, kernel, entry, id=f"{target}-{kernel}-{entry['dtype']}-{entry['key_width']}-{position}")

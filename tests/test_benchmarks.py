@@ -1,4 +1,4 @@
-"""The benchmark command names everything and runs; what was measured is what the tables and the documentation say."""
+"""The benchmark command lists everything and runs; tables and documentation say what was measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 import fla_ops
 from benchmarks import __main__ as command
-from benchmarks import crossovers, report, tune
+from benchmarks import report
 from benchmarks.problems import UNTIMED, problems, public_operators
+from benchmarks.tuning import crossovers, kernels
 from fla_ops import launch
+from fla_ops.dispatch.crossovers import TABLE
 
 RESULTS = Path(report.RESULTS)
 
@@ -30,8 +32,8 @@ def test_every_operator_has_a_problem_and_a_floor(device: str) -> None:
     assert {p.operator for p in found} == set(public_operators())
     assert set(UNTIMED) <= set(fla_ops.ops())
     for problem in found:
-        for what in problem.passes:
-            assert problem.work(what).bytes > 0
+        for pass_ in problem.passes:
+            assert problem.work(pass_).bytes > 0
 
 
 def test_a_quick_run_of_one_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -50,16 +52,22 @@ def test_nothing_matches(capsys: pytest.CaptureFixture) -> None:
     assert "--list" in capsys.readouterr().err
 
 
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--sections", "rows,row", "--device", "cpu"])
+    assert "wanted some of rows,details,overhead,first-call,sweep, got row" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture) -> None:
-    assert tune.main([]) == 1
-    assert capsys.readouterr().err == "benchmarks.tune needs a GPU, and torch sees none\n"
+    assert kernels.main([]) == 1
+    assert capsys.readouterr().err == "benchmarks.tuning.kernels needs a GPU, and torch sees none\n"
 
 
 @pytest.mark.parametrize("device_class", launch.CLASSES)
 def test_tuning_rewrites_a_table_as_it_is_written(device_class: str) -> None:
     path = Path(launch.__file__).with_name(f"{device_class}.json")
-    assert tune.as_text(json.loads(path.read_text())) == path.read_text()
+    assert kernels.as_text(json.loads(path.read_text())) == path.read_text()
 
 
 def test_fitted_thresholds_are_the_best_for_their_grid(tmp_path: Path) -> None:
@@ -77,7 +85,7 @@ def test_fitted_thresholds_are_the_best_for_their_grid(tmp_path: Path) -> None:
         for gradient in (False, True)
     ]
     copy = tmp_path / "table.json"
-    copy.write_text(launch.crossovers.TABLE.read_text())
+    copy.write_text(TABLE.read_text())
     crossovers.rewrite(points, "cpu", "made up", copy)
     row = json.loads(copy.read_text())["gsa"]["cpu"]
     assert row == {"source": "made up", "forward": {"recurrent_up_to": 8}, "training": {"recurrent_up_to": 8}}
@@ -88,7 +96,7 @@ def test_auto_is_close_to_the_best_form_on_the_measured_grid(path: Path) -> None
     kept = json.loads(path.read_text())
     far = [p for p in kept["points"] if max(crossovers.regret(p), crossovers.regret(p, True)) > crossovers.ALLOWED]
     assert not far, f"auto is over {crossovers.ALLOWED} times slower than the best form at {far}"
-    table = json.loads(launch.crossovers.TABLE.read_text())
+    table = json.loads(TABLE.read_text())
     for point in kept["points"]:
         assert table[point["family"]][point["device"]]["source"] == kept["source"]
 

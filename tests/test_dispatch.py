@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 import fla_ops
+from fla_ops import launch
 from fla_ops.simple_gla import forms
 from tests.contract.helpers import ours
 
@@ -61,8 +62,8 @@ def chosen(**arguments: Any) -> str:
         pytest.param(call(time=65, batch=2), "fused_chunk", id="many-heads"),
         pytest.param(call(time=5000), "chunk", id="few-heads"),
         pytest.param(call(cu_seqlens=torch.tensor([0, 1, 300])), "fused_chunk", id="packed-sequences-count-as-batch"),
-        pytest.param(call(reverse=True), "fused_recurrent", id="only-one-form-runs-backwards"),
-        pytest.param(call(reverse=True, output_final_state=True), "fused_recurrent", id="backwards-with-a-state"),
+        pytest.param(call(time=16, reverse=True), "fused_recurrent", id="backwards-without-the-quadratic-form"),
+        pytest.param(call(time=5000, reverse=True, output_final_state=True), "chunk", id="backwards-for-long"),
         pytest.param(call(mode="parallel"), "parallel", id="named"),
         pytest.param(call(mode="chunk", time=1), "chunk", id="named-against-the-preference"),
         pytest.param(call(time=24, batch=2, device="meta"), "fused_recurrent", id="elsewhere"),
@@ -92,16 +93,33 @@ def test_gradient_is_wanted_only_where_it_is_recorded() -> None:
 
 def test_explanation_lists_every_refusal() -> None:
     text = str(fla_ops.explain(fla_ops.simple_gla, **call(reverse=True, output_final_state=True)))
-    assert text.startswith("torch.ops.fla.fused_recurrent_simple_gla (fused_recurrent)")
+    assert text.startswith("torch.ops.fla.chunk_simple_gla (chunk)")
     assert "order of preference" in text
-    for form in ("chunk", "fused_chunk", "parallel"):
-        assert f"  {form} refuses: reverse=True runs time backwards" in text
+    assert "  parallel refuses: reverse=True runs time backwards" in text
     assert "the quadratic form has no state" in text
+    lightning = {name: x for name, x in call(reverse=True).items() if name in ("q", "k", "v", "reverse")}
+    text = str(fla_ops.explain(fla_ops.lightning_attn, **lightning, layer_idx=0, num_layers=2))
+    for form in ("chunk", "fused_chunk"):
+        assert f"  {form} refuses: reverse=True runs time backwards" in text
+
+
+def test_explanation_refuses_what_the_call_would() -> None:
+    arguments = call()
+    with pytest.raises(ValueError, match=r"k must be \[B, T, HK, K\]"):
+        fla_ops.explain(fla_ops.simple_gla, **arguments | {"k": arguments["k"][..., 1:]})
+
+
+def test_explanation_says_where_a_form_runs_the_kernels_of_another() -> None:
+    on_gpu = mock.Mock(v=mock.Mock(device=torch.device("cuda")), q=mock.Mock(shape=(1, 8, 2, 300)))
+    with mock.patch.object(launch, "covers", return_value=False):
+        assert forms.note_chunk_kernels(on_gpu) == [
+            "K = 300 is too wide for one program to hold the state: the chunk form's kernels run"
+        ]
 
 
 def test_explain_computes_nothing() -> None:
     arguments = call(device="meta", time=2**20)
-    assert fla_ops.explain(fla_ops.simple_gla, **arguments).form.operator in fla_ops.ops()
+    assert fla_ops.explain(fla_ops.simple_gla, **arguments).form.signature.name in fla_ops.ops()
 
 
 @pytest.mark.parametrize("function", [fla_ops.chunk_simple_gla, torch.ops.fla.simple_gla, len])

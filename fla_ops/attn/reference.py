@@ -20,8 +20,8 @@ def parallel(
 ) -> tuple[Tensor, Tensor]:
     """x_ij = scale q_i.k_j + g_{j+1} + ... + g_i for i - window_size < j <= i in one sequence.
 
-    o_i = sum_j exp(x_ij) v_j / z_i with z_i = sum_j exp(x_ij) + exp(sink_bias); returns o [B, T, HQ, V] and log z [B,
-    T, HQ].
+    o_i = sum_j exp(x_ij) v_j / z_i with z_i = sum_j exp(x_ij) + exp(sink_bias), zero where row i sees no key; returns
+    o [B, T, HQ, V] and log z [B, T, HQ].
     """
     batch, time, heads, key_width = q.shape
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
@@ -45,13 +45,12 @@ def parallel(
     for i in range(time):
         first = 0 if window_size is None else max(0, i - window_size + 1)
         x = scale * (queries[:, i, None] * keys[:, first : i + 1]).sum(-1)  # [B, j, HQ]
-        if g is not None:
+        if g is not None and first <= i:
             since = [g[:, j + 1 : i + 1].to(dtype).sum(1) for j in range(first, i + 1)]
             x = x + torch.stack(since, 1)
-        x = torch.cat([x, sink.expand(batch, 1, heads)], 1)
-        weights = torch.softmax(x, 1)[:, :-1]
-        outputs.append((weights[..., None] * values[:, first : i + 1]).sum(1, keepdim=True))
-        sums.append(torch.logsumexp(x, 1, keepdim=True))
+        log = torch.logsumexp(torch.cat([x, sink.expand(batch, 1, heads)], 1), 1, keepdim=True)
+        outputs.append((torch.exp(x - log)[..., None] * values[:, first : i + 1]).sum(1, keepdim=True))
+        sums.append(log)
     return torch.cat(outputs, 1).to(q.dtype), torch.cat(sums, 1)
 
 

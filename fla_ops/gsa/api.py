@@ -3,56 +3,80 @@
     A_t = A_{t-1} diag(exp g_t) + k_t s_t^T,    x_t = scale * A_t^T q_t,    p_t = softmax(x_t)
     C_t = diag(exp g_t) C_{t-1} + s_t v_t^T,    o_t = C_t^T p_t
 
-M slots hold a key and a value each; every step writes to slot m with weight s_tm and lets it fade by exp(g_tm), and
-reads the slots by softmax attention. The chunkwise form is derived in this folder's README.md.
+M memory slots hold a key and a value each; every step writes to slot m with weight s_tm and lets it fade by exp(g_tm),
+and reads the slots by softmax attention. The chunkwise form is derived in this folder's README.md.
 
-Arguments that several functions share:
-
-- q: [B, T, HQ, K]. k: [B, T, H, K]. v: [B, T, H, V]. HQ is a multiple of H: each key/value head serves HQ // H query
-  heads. One floating dtype for all three.
-- s: [B, T, H, M], what each slot takes in; any floating dtype.
-- g: [B, T, H, M], the natural logarithm of the decay of each slot, usually <= 0 (-inf empties the slot); any floating
-  dtype. None is vanilla ABC: with z the running logsumexp of s over time, s becomes exp(s - z) and g_t = z_{t-1} - z_t,
-  0 at a sequence's first step.
-- scale: factor on q; None means K ** -0.5.
-- initial_state: the pair A [N, H, K, M] and C [N, H, M, V] (N = B, or the number of packed sequences), any floating
-  dtype; None means zeros.
-- output_final_state: whether to return that pair after the last step, float32 (float64 for float64 inputs).
-- cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never
-  falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not depend on it.
-
-Every function raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype. Gradients flow to q,
-k, v, s, g and both states; forward-mode AD and double backward raise NotImplementedError.
+`help(fla_ops.gsa)` describes the arguments that the functions share. Every function raises ValueError for a wrong
+shape, device or value, TypeError for a wrong dtype. Gradients flow to q, k, v, s, g and both states; forward-mode AD
+and double backward raise NotImplementedError.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+from fla_ops.public import public, steps_or_default
+
+from .forms import FAMILY
 
 Pair = tuple[Tensor, Tensor]
+Mode = Literal["auto", "chunk", "fused_recurrent"]
 
 
+def _states(initial_state: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The operators' initial_k and initial_v."""
+    if initial_state is None:
+        return None, None
+    wanted = "initial_state must be a pair ([N, H, K, M], [N, H, M, V]), got "
+    if not isinstance(initial_state, tuple | list):
+        raise TypeError(wanted + type(initial_state).__name__)
+    if len(initial_state) != 2:
+        raise ValueError(f"{wanted}{len(initial_state)} states")
+    initial_k, initial_v = initial_state
+    if initial_k is None or initial_v is None:
+        raise ValueError(f"{wanted}None for {'the keys' if initial_k is None else 'the values'}; give zeros instead")
+    return initial_k, initial_v
+
+
+def _arguments(initial_state: Any, **others: Any) -> dict[str, Any]:
+    """The operator's arguments from those of `gsa`."""
+    initial_k, initial_v = _states(initial_state)
+    return others | {"initial_k": initial_k, "initial_v": initial_v}
+
+
+@overload
 def chunk_gsa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Pair | None = None,
-    output_final_state: bool = False,
-    checkpoint_level: int = 2,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Pair | None]:
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: Literal[False] = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def chunk_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, *, output_final_state: Literal[True], checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+@overload
+def chunk_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]: ...  # fmt: skip
+@public
+def chunk_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor, Pair | None]:  # fmt: skip
     """Chunkwise form: a state pass over the chunks, then all chunks in parallel. For training and prefill.
 
     Args:
-        q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu: see the module's docstring.
+        q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.gsa)`
+            says.
         checkpoint_level: what is kept for the gradient beside the inputs. 0: the argument of the softmax,
             [B, T, HQ, M], and the states before each chunk; 1: only the former; 2: nothing. The rest is computed again;
             the result does not depend on it.
@@ -62,64 +86,71 @@ def chunk_gsa(
     Returns:
         o [B, T, HQ, V] in v's dtype, and the final states or None.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.chunk_gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
-        chunk_size,
+        steps_or_default(chunk_size),
     )  # fmt: skip
     return o, (final_k, final_v) if output_final_state else None
 
 
+@overload
 def fused_recurrent_gsa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Pair | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, Pair | None]:
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: Literal[False] = False, reverse: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def fused_recurrent_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, *, output_final_state: Literal[True], reverse: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+@overload
+def fused_recurrent_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, reverse: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]: ...  # fmt: skip
+@public
+def fused_recurrent_gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, reverse: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Pair | None]:  # fmt: skip
     """The recurrence, step by step. For short sequences and decoding.
 
     Args:
-        q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu: see the module's docstring.
+        q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.gsa)`
+            says.
         reverse: run time backwards, from A_{t+1} and C_{t+1} to A_t and C_t; the final states are those after step 0.
             Without g, the running logsumexp runs backwards too.
 
     Returns:
         o [B, T, HQ, V] in v's dtype, and the final states or None.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.fused_recurrent_gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, reverse, cu_seqlens, cu_seqlens_cpu
     )
     return o, (final_k, final_v) if output_final_state else None
 
 
+@public
 def gsa_step_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    g: Tensor,
-    state_k: Tensor,
-    state_v: Tensor,
-    scale: float | None = None,
-    slots: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor,
+    scale: float | None = None, slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in two pools, updated in place. For decoding; it has no gradient.
 
     Args:
-        q: [N, HQ, K]. k: [N, H, K]. v: [N, H, V]. s, g: [N, H, M]. scale: as in the module's docstring.
-        state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32.
-        slots: [N] int32 or int64, the row of both pools for each sequence; all different. -1 is padding: nothing is
-            read or written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside
-            the pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pools alone and fills
-            that output row with NaN.
+        q: [N, HQ, K]. k: [N, H, K]. v: [N, H, V]. s, g: [N, H, M]. scale: as `help(fla_ops.gsa)` says.
+        state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32. The pools
+            share no memory with each other, and no element lies in a pool twice.
+        slots: [N] int32 or int64, the cache row of each sequence in both pools (not its M memory slots); all different.
+            -1 is padding: nothing is read or written for it and its output is zero. None means row n for sequence n,
+            and P = N. A row outside the pools is a ValueError on a CPU; a GPU, where no value can be read back, leaves
+            the pools alone and fills that output row with NaN.
 
     Returns:
         o [N, HQ, V] in v's dtype.
@@ -131,27 +162,54 @@ def gsa_step_(
     return o
 
 
+@overload
 def gsa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Pair | None = None,
-    output_final_state: bool = False,
-    checkpoint_level: int = 2,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int = 64,
-    reverse: bool = False,
-    mode: str = "auto",
-) -> tuple[Tensor, Pair | None]:
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: Literal[False] = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+    reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, *, output_final_state: Literal[True], checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+    reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+@overload
+def gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+    reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]: ...  # fmt: skip
+@dispatcher(FAMILY, arguments=_arguments)
+@public
+def gsa(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,
+    initial_state: Pair | None = None, output_final_state: bool = False, checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+    reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, Pair | None]:  # fmt: skip
     """The form that suits the call: `fla_ops.explain(fla_ops.gsa, ...)` says which, and why not the others.
 
     Args:
-        q, k, v, s, g, scale, initial_state, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
-            chunk_size, reverse: as for the forms.
+        q: [B, T, HQ, K]. k: [B, T, H, K]. v: [B, T, H, V]. HQ is a multiple of H: each key/value head serves HQ
+            // H query heads. One floating dtype for all three.
+        s: [B, T, H, M], what each memory slot takes in; any floating dtype.
+        g: [B, T, H, M], the natural logarithm of the decay of each slot, usually <= 0 (-inf empties the slot);
+            any floating dtype. None is vanilla ABC: with z the running logsumexp of s over time, s becomes
+            exp(s - z) and g_t = z_{t-1} - z_t, 0 at a sequence's first step.
+        scale: factor on q; None means K ** -0.5.
+        initial_state: the pair A [N, H, K, M] and C [N, H, M, V] (N = B, or the number of packed sequences),
+            any floating dtype; None means zeros in both.
+        output_final_state: whether to return that pair after the last step, float32 (float64 for float64
+            inputs).
+        cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
+            T, never falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not
+            depend on it.
+        chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. It changes the speed alone.
+        reverse: run time backwards; the final state is the one after step 0.
         mode: "auto", "chunk" or "fused_recurrent". A named form is used or refused.
 
     Returns:
@@ -161,12 +219,9 @@ def gsa(
         ValueError: if mode is no form.
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
-    initial_k, initial_v = initial_state or (None, None)
+    initial_k, initial_v = _states(initial_state)
     o, final_k, final_v = torch.ops.fla.gsa(
         q, k, v, s, g, scale, initial_k, initial_v, output_final_state, checkpoint_level, cu_seqlens, cu_seqlens_cpu,
-        chunk_size, reverse, mode,
+        steps_or_default(chunk_size), reverse, mode,
     )  # fmt: skip
     return o, (final_k, final_v) if output_final_state else None
-
-
-gsa.choose = forms.choose  # type: ignore[attr-defined]

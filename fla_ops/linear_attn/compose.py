@@ -7,112 +7,68 @@ and rounds the quotient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fla_ops.signature import Signature
+from fla_ops.simple_gla import call as simple_gla
+
 from . import checks
-
-Result = tuple[Tensor, Tensor | None, Tensor | None]
-
-
-def chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    initial_z: Tensor | None,
-    output_final_state: bool,
-    normalize: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-    chunk_size: int,
-    operator: str = "chunk_simple_gla",
-) -> Result:
-    """The body of torch.ops.fla.chunk_linear_attn, and with another operator of fused_chunk_linear_attn."""
-    checks.pair(initial_state, initial_z, normalize)
-    state, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return getattr(torch.ops.fla, operator)(q, k, v, None, None, scale, *state, False, *packing, chunk_size)
-
-    if not normalize:
-        return *read(q, k, v), None
-    return _normalized(read, q, k, v, scale, initial_z, output_final_state, False, *packing)
+from .call import NORMALIZE, Call, Normalize, Outputs, Step
 
 
-fused_chunk = partial(chunk, operator="fused_chunk_simple_gla")
+def chunk(c: Call) -> Outputs:
+    """The body of torch.ops.fla.chunk_linear_attn."""
+    return _run(c, simple_gla.CHUNK)
 
 
-def fused_recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    initial_state: Tensor | None,
-    initial_z: Tensor | None,
-    output_final_state: bool,
-    reverse: bool,
-    normalize: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-) -> Result:
+def fused_chunk(c: Call) -> Outputs:
+    """The body of torch.ops.fla.fused_chunk_linear_attn."""
+    return _run(c, simple_gla.FUSED_CHUNK)
+
+
+def fused_recurrent(c: Call) -> Outputs:
     """The body of torch.ops.fla.fused_recurrent_linear_attn."""
-    checks.pair(initial_state, initial_z, normalize)
-    state, packing = (initial_state, output_final_state), (cu_seqlens, cu_seqlens_cpu)
-
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return torch.ops.fla.fused_recurrent_simple_gla(q, k, v, None, None, scale, *state, reverse, False, *packing)
-
-    if not normalize:
-        return *read(q, k, v), None
-    return _normalized(read, q, k, v, scale, initial_z, output_final_state, reverse, *packing)
+    return _run(c, simple_gla.RECURRENT)
 
 
-def step(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor, scale: float | None, slots: Tensor | None
-) -> Tensor:
-    """The body of torch.ops.fla.linear_attn_step_. simple_gla_step_ refuses before it updates; what only the division
-    would refuse, after it, is refused here.
+def step(c: Step) -> Tensor:
+    """The body of torch.ops.fla.linear_attn_step_.
+
+    simple_gla_step_ refuses before it updates; what only the division would refuse, after it, is refused here.
     """
-    checks.launch_step(q, k, v, z, slots, "v")
-    checks.pools(state, z)
+    checks.launch_whole_step(c)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        o = torch.ops.fla.simple_gla_step_(q, k, v, state, None, None, scale, slots)
-        return (torch.ops.fla.normalize_output_step_(q, k, o, z, scale, slots),)
+        o = torch.ops.fla.simple_gla_step_(q, k, v, c.state, None, None, c.scale, c.slots)
+        return (torch.ops.fla.normalize_output_step_(q, k, o, c.z, c.scale, c.slots),)
 
     o: Tensor
-    (o,) = _as_activations(run, q, k, v)
+    (o,) = _as_activations(run, c.q, c.k, c.v)
     return o
 
 
-def _normalized(
-    read: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    initial_z: Tensor | None,
-    output_final_z: bool,
-    reverse: bool,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_cpu: Tensor | None,
-) -> Result:
-    """What `read` reads out, divided by scale q_t . z_t + 1e-10."""
+def _run(c: Call, form: Signature) -> Outputs:
+    """The read-out of one of simple_gla's forms, divided by scale q_t . z_t + 1e-10 if the call is normalised."""
+    checks.pair(c)
+    operator: Any = getattr(torch.ops.fla, form.name)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Result:
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        shared = {name: getattr(c, name) for name in simple_gla.Call._fields if name in c._fields}
+        return operator(*form.arguments_of(simple_gla.Call(**shared | {"q": q, "k": k, "v": v})))
+
+    def normalized(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         o, final_state = read(q, k, v)
-        o, final_z = torch.ops.fla.normalize_output(
-            q, k, o, scale, initial_z, output_final_z, reverse, cu_seqlens, cu_seqlens_cpu
-        )
-        return o, final_state, final_z
+        settings = (c.scale, c.initial_z, c.output_final_state, c.reverse, c.cu_seqlens, c.cu_seqlens_cpu)
+        o, final_z = torch.ops.fla.normalize_output(*NORMALIZE.arguments_of(Normalize(q, k, o, *settings)))
+        return Outputs(o, final_state, final_z)
 
-    o, final_state, final_z = _as_activations(run, q, k, v)
-    return o, final_state, final_z
+    if not c.normalize:
+        o, final_state = read(c.q, c.k, c.v)
+        return Outputs(o, final_state, None)
+    return Outputs(*_as_activations(normalized, c.q, c.k, c.v))
 
 
 def _as_activations(run: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor) -> Any:

@@ -5,165 +5,168 @@
 RetNet (arXiv 2307.08621) with a constant decay, Mamba-2 (arXiv 2405.21060) and gated RFA (arXiv 2103.02143) with a
 data-dependent one. The chunkwise form is derived in this folder's README.md.
 
-Arguments that several functions share:
-
-- q, k: [B, T, HK, K]. v: [B, T, H, V], with H a multiple of HK: each query/key head serves H // HK value heads.
-  One floating dtype for all three.
-- g: [B, T, H], the natural logarithm of the decay, usually <= 0 (-inf forgets the state). g_gamma: [H], the same for
-  every step. At most one of them; neither means no decay.
-- scale: factor on q; None means K ** -0.5.
-- initial_state: [N, H, K, V] (N = B, or the number of packed sequences), any floating dtype; None means zeros.
-  With state_v_first=True it and the final state are [N, H, V, K].
-- output_final_state: whether to return the state after the last step, float32 (float64 for float64 inputs).
-- cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T, never
-  falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not depend on it.
-
-Every function raises ValueError for a wrong shape, device or value, TypeError for a wrong dtype. Gradients flow to q,
-k, v, g, g_gamma and initial_state; forward-mode AD and double backward raise NotImplementedError.
+`help(fla_ops.simple_gla)` describes the arguments that the functions share. Every function raises ValueError for a
+wrong shape, device or value, TypeError for a wrong dtype. Gradients flow to q, k, v, g, g_gamma and initial_state;
+forward-mode AD and double backward raise NotImplementedError.
 """
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from . import forms
+from fla_ops.dispatch import dispatcher
+from fla_ops.public import public, steps_or_default
+
+from .forms import FAMILY
+
+Mode = Literal["auto", "chunk", "fused_chunk", "fused_recurrent", "parallel"]
 
 
+@overload
 def chunk_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+@public
+def chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Chunkwise form: a state pass over the chunks, then all chunks in parallel. For training and prefill.
 
     Args:
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu:
-            see the module's docstring.
+            as `help(fla_ops.simple_gla)` says.
         chunk_size: steps in a chunk, a power of two from 16 to 256. A matter of speed, not of the result: a kernel
             may cut a chunk into smaller tiles.
+        reverse: run time backwards, S_t = exp(g_t) S_{t+1} + k_t v_t^T; the final state is the one after step 0.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.chunk_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        chunk_size,
-    )
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size), reverse,
+    )  # fmt: skip
     return o, final_state
 
 
+@overload
 def fused_chunk_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int = 64,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def fused_chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def fused_chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+@public
+def fused_chunk_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, *, reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Chunkwise form in one pass: each sequence and head walks its chunks with the state at hand. For many heads, or
     little memory.
 
     Arguments and results are chunk_simple_gla's.
     """
     o, final_state = torch.ops.fla.fused_chunk_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        chunk_size,
-    )
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size), reverse,
+    )  # fmt: skip
     return o, final_state
 
 
+@overload
 def fused_recurrent_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def fused_recurrent_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def fused_recurrent_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+@public
+def fused_recurrent_simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    reverse: bool = False, state_v_first: bool = False, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The recurrence, step by step. For short sequences and decoding.
 
     Args:
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu:
-            see the module's docstring.
+            as `help(fla_ops.simple_gla)` says.
         reverse: run time backwards, S_t = exp(g_t) S_{t+1} + k_t v_t^T; the final state is the one after step 0.
 
     Returns:
         o [B, T, H, V] in v's dtype, and the final state or None.
     """
     o, final_state = torch.ops.fla.fused_recurrent_simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        reverse,
-        state_v_first,
-        cu_seqlens,
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens,
         cu_seqlens_cpu,
-    )
+    )  # fmt: skip
     return o, final_state
 
 
+@public
 def parallel_simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    scale: float | None = None,
-    output_attentions: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
+    output_attentions: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
     g_gamma: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Quadratic form, without a state: o_i = sum_{j <= i} attn_ij v_j. For short sequences, or to look at the weights.
 
     Args:
-        q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: see the module's docstring.
+        q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.simple_gla)` says.
         output_attentions: also return attn_ij = scale * exp(G_i - G_j) q_i . k_j for j <= i in one sequence, else 0,
             with G the running sum of g.
 
@@ -176,20 +179,15 @@ def parallel_simple_gla(
     return o, attn
 
 
+@public
 def simple_gla_step_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    slots: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in a pool, updated in place. For decoding; it has no gradient.
 
     Args:
-        q, k: [N, HK, K]. v: [N, H, V]. g: [N, H]. g_gamma: [H]. scale: as in the module's docstring.
+        q, k: [N, HK, K]. v: [N, H, V]. g: [N, H]. g_gamma: [H]. scale: as `help(fla_ops.simple_gla)` says.
         state: [P, H, K, V], float32, bfloat16 or float16; the arithmetic is float32.
         slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
             written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside the
@@ -206,27 +204,52 @@ def simple_gla_step_(
     return o
 
 
+@overload
 def simple_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None = None,
-    g_gamma: Tensor | None = None,
-    scale: float | None = None,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
-    chunk_size: int = 64,
-    reverse: bool = False,
-    mode: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: Literal[False] = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, None]: ...  # fmt: skip
+@overload
+def simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, *, output_final_state: Literal[True],
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+@dispatcher(FAMILY)
+@public
+def simple_gla(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, initial_state: Tensor | None = None, output_final_state: bool = False,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64, reverse: bool = False, mode: Mode = "auto",
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The form that suits the call: `fla_ops.explain(fla_ops.simple_gla, ...)` says which, and why not the others.
 
     Args:
-        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-            chunk_size, reverse: as for the forms.
+        q, k: [B, T, HK, K]. v: [B, T, H, V], with H a multiple of HK: each query/key head serves H // HK value
+            heads. One floating dtype for all three.
+        g: [B, T, H], the natural logarithm of the decay, usually <= 0 (-inf forgets the state). g_gamma: [H],
+            the same for every step. At most one of them; neither means no decay.
+        scale: factor on q; None means K ** -0.5.
+        initial_state: [N, H, K, V] (N = B, or the number of packed sequences), any floating dtype; None means
+            zeros. With state_v_first=True it and the final state are [N, H, V, K].
+        output_final_state: whether to return the state after the last step, float32 (float64 for float64
+            inputs).
+        cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
+            T, never falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not
+            depend on it.
+        chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. It changes the speed alone.
+        reverse: run time backwards; the final state is the one after step 0.
         mode: "auto", or one of "chunk", "fused_chunk", "fused_recurrent", "parallel". A named form is used or refused.
 
     Returns:
@@ -237,22 +260,7 @@ def simple_gla(
         NotImplementedError: if the named form cannot serve the call, with its reasons.
     """
     o, final_state = torch.ops.fla.simple_gla(
-        q,
-        k,
-        v,
-        g,
-        g_gamma,
-        scale,
-        initial_state,
-        output_final_state,
-        state_v_first,
-        cu_seqlens,
-        cu_seqlens_cpu,
-        chunk_size,
-        reverse,
-        mode,
-    )
+        q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size), reverse, mode,
+    )  # fmt: skip
     return o, final_state
-
-
-simple_gla.choose = forms.choose  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ from fla_ops import Operator
 from tests import numerics
 from tests.cases import Case, Draw, Inputs, cases
 
-VARYING = ("B", "T", "N", "N1", "P")
+VARYING = ("B", "T", "N", "N+1", "P")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = {

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fla_ops
-from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, cases, refusals
+from fla_ops.validation import letters_of
+from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, cases
 from tests.contract.helpers import differentiable, is_public, operators, parts, whole
+from tests.refusals import refusals
 
 OPERATORS = pytest.mark.parametrize("operator", operators(), ids=lambda op: op.name)
 
@@ -43,18 +45,23 @@ def test_every_optional_input_is_given_in_some_case_and_absent_in_another(operat
 
 @OPERATORS
 def test_every_tensor_argument_has_refusals(operator: fla_ops.Operator) -> None:
-    """Of a wrong shape, a wrong dtype and a wrong device: each needs a row in the family's table."""
-    rows = [r for r in refusals() if r.case.operator == operator.name]
+    """On another device, in another dtype, with another number of axes, and of each size that other tensors share."""
     lacking = []
-    for argument in operator.overload._schema.arguments:
-        if "Tensor" not in str(argument.type):
-            continue
-        about = [r for r in rows if argument.name in r.change]
-        changes = [(r, r.case.inputs().get(argument.name), r.inputs()[argument.name]) for r in about]
-        pairs = [(old, new) for _, old, new in changes if isinstance(old, torch.Tensor) and new is not None]
-        kinds = [k for k in ("shape", "dtype", "device") if not any(getattr(x, k) != getattr(y, k) for x, y in pairs)]
-        lacking += [f"{argument.name} of a wrong {kind}" for kind in kinds]
-    assert not lacking, f"{operator.name} has no refusal of {', '.join(lacking)}: see tests/refusals_<family>.py"
+    rows = [r for r in refusals() if r.case.operator == operator.name]
+    for name in operator.declaration.tensors:
+        pairs = [(r.case, r.case.inputs()[name], r.inputs()[name]) for r in rows if list(r.change) == [name] and r.kind]
+        kinds = ("device", "dtype", "ndim")
+        lacking += [f"{name} of another {k}" for k in kinds if all(getattr(x, k) == getattr(y, k) for _, x, y in pairs)]
+        case, x, _ = pairs[0]
+        changed = {i for _, _, y in pairs if y.dim() == x.dim() for i in range(x.dim()) if y.shape[i] != x.shape[i]}
+        unchanged = [letter for i, letter in enumerate(letters_of(case.axes[name])) if i not in changed]
+        lacking += [f"{name} of another {letter}" for letter in unchanged if is_shared(case, name, letter)]
+    assert not lacking, f"{operator.name} has no refusal of {', '.join(lacking)}: see tests/refusals.py"
+
+
+def is_shared(case: Case, name: str, letter: str) -> bool:
+    """Whether another tensor of a call has an axis of this letter."""
+    return any(letter in letters_of(case.axes[x]) for x in case.declaration.tensors if x in case.given - {name})
 
 
 def test_every_differentiable_operator_has_a_case_with_a_gradient() -> None:
@@ -80,13 +87,13 @@ def test_cases_name_operators_that_exist() -> None:
 def test_cases_describe_what_they_hold(operator: fla_ops.Operator) -> None:
     """Axis letters agree with the sizes: what a wrong description would hide from the tests that cut along an axis."""
     for case in cases(operator.name):
-        inputs, sizes = case.inputs(), dict(case.sizes)
+        inputs, sizes = case.inputs(), {"1": 1, "2": 2, **case.sizes}
         if "offsets" in sizes and "cu_seqlens" in case.given:
-            sizes |= {"B": 1, "T": sizes["offsets"][-1], "N": len(sizes["offsets"]) - 1, "N1": len(sizes["offsets"])}
+            sizes |= {"B": 1, "T": sizes["offsets"][-1], "N": len(sizes["offsets"]) - 1, "N+1": len(sizes["offsets"])}
         elif "B" in sizes:
             sizes["N"] = sizes["B"]
         named = inputs | dict(zip(case.outputs, case.call(inputs), strict=True))
         for name, x in named.items():
             if isinstance(x, torch.Tensor):
-                letters = case.axes[name].split()
+                letters = letters_of(case.axes[name])
                 assert tuple(sizes[letter] for letter in letters) == tuple(x.shape), f"{name} of {case}"

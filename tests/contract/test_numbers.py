@@ -141,7 +141,7 @@ def test_dtypes(operator: Any, dtype: torch.dtype, wide: torch.dtype) -> None:
         results = evaluate(case, inputs)
         assert results[case.outputs[0]].dtype is dtype
         for name, y in results.items():
-            if y is not None and "state" in name and not name.startswith("d"):
+            if y is not None and name.startswith("final"):
                 assert y.dtype is wide, name
         for name in case.trained:
             assert results[f"d{name}"].dtype is inputs[name].dtype, name

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.simple_gla import reference
+from fla_ops.simple_gla.call import Call, Need, Outputs, Step, Weighted, WeightsNeed
 from fla_ops.simple_gla.gpu import chunk, decoding, fused_chunk, fused_recurrent, parallel
 from tests import numerics
 from tests.contract.helpers import INTERPRETED
@@ -53,10 +54,9 @@ def close(results: dict[str, Tensor | None], truths: dict[str, Tensor]) -> None:
 def run(form: Op, x: list[Tensor], do: Tensor, dfinal: Tensor, cu_seqlens: Tensor | None, size: int) -> dict:
     """Outputs and every gradient of a chunk form."""
     q, k, v, g, state = x
-    o, final = form.forward(q, k, v, g, None, None, state, True, False, cu_seqlens, None, size)
-    dq, dk, dv, dg, dgamma, dstate = form.backward(
-        q, k, v, g, None, state, cu_seqlens, do, dfinal, None, False, size, [True, True, True, True, False, True]
-    )
+    c = Call(q, k, v, g, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens, chunk_size=size)
+    o, final = form.forward(c)
+    dq, dk, dv, dg, dgamma, dstate = form.backward(c, Outputs(do, dfinal), Need(True, True, True, True, False, True))
     assert dgamma is None
     gradients = zip((f"d{name}" for name in NAMES), (dq, dk, dv, dg, dstate), strict=True)
     return {"o": o, "final_state": final, **dict(gradients)}
@@ -94,12 +94,9 @@ def test_gradients_one_by_one(wanted: int) -> None:
     q, k, v, g, state = x
     position = (0, 1, 2, 3, 5)[wanted]
     mask = [i == position for i in range(6)]
-    rest = (q, k, v, g, None, state, None, do, dfinal, None)
-    for gradients in (
-        chunk.backward(*rest, False, 16, mask),
-        fused_chunk.backward(*rest, False, 16, mask),
-        fused_recurrent.backward(*rest, False, False, mask),
-    ):
+    c = Call(q, k, v, g, initial_state=state, chunk_size=16)
+    for form in (chunk, fused_chunk, fused_recurrent):
+        gradients = form.backward(c, Outputs(do, dfinal), Need(*mask))
         assert [y is not None for y in gradients] == mask
         close({f"d{NAMES[wanted]}": gradients[position]}, truths)
 
@@ -111,9 +108,8 @@ def test_recurrent_gate_gradient_over_kept_states(reverse: bool) -> None:
     truths, do, dfinal = truth(x)
     q, k, v, g, state = (y.flip(1) if reverse and i < 4 else y for i, y in enumerate(x))
     mask = [False, False, False, True, False, False]
-    dg = fused_recurrent.backward(
-        q, k, v, g, None, state, None, do.flip(1) if reverse else do, dfinal, None, reverse, False, mask
-    )[3]
+    c = Call(q, k, v, g, initial_state=state, reverse=reverse)
+    dg = fused_recurrent.backward(c, Outputs(do.flip(1) if reverse else do, dfinal), Need(*mask))[3]
     close({"dg": dg.flip(1) if reverse else dg}, truths)
 
 
@@ -126,9 +122,9 @@ def test_attentions_and_their_gradient_in_packed_sequences() -> None:
     gradients = torch.autograd.grad((o, attn), wide, (do.double(), dattn.double()))
     truths = {"o": o, "attn": attn, **dict(zip("qkvg", gradients, strict=True))}
 
-    results = dict(zip(("o", "attn"), parallel.forward(q, k, v, g, None, None, True, cu_seqlens, None), strict=True))
-    mask = [True, True, True, True, False]
-    found = parallel.backward(q, k, v, g, None, cu_seqlens, do, dattn, None, mask)
+    c = Call(q, k, v, g, output_attentions=True, cu_seqlens=cu_seqlens)
+    results = dict(zip(("o", "attn"), parallel.forward(c), strict=True))
+    found = parallel.backward(c, Weighted(do, dattn), WeightsNeed(True, True, True, True, False))
     close({**results, **dict(zip("qkvg", found, strict=False))}, truths)
 
 
@@ -139,7 +135,7 @@ def test_step_takes_a_strided_pool_and_leaves_what_no_slot_names() -> None:
     v, g = torch.randn(sequences, heads, value), -torch.rand(sequences, heads)
     pool = torch.randn(rows, heads, value, key).mT
     before = pool.clone()
-    o = decoding.step(q, k, v, pool, g, None, None, torch.tensor([2, -1, 3, 0]))
+    o = decoding.step(Step(q, k, v, pool, g, slots=torch.tensor([2, -1, 3, 0])))
 
     for n, row in ((0, 2), (3, 0)):
         one = [y[n : n + 1, None] for y in (q, k, v, g)]

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from fla_ops.common.cpu.chunks import runs
+from fla_ops.validation import state_dtype
 
-from .. import decay
+from ..call import Call
+from . import decay
 
 ROWS = 256
 COLUMNS = 512
@@ -33,7 +35,7 @@ NEGLIGIBLE = {
 LOG2E = math.log2(math.e)
 NEVER = float("-inf")
 
-Piece = tuple[slice, slice, slice]  # sequences, steps and key heads that are computed together
+Piece = tuple[slice, slice, slice]  # a sequence, its steps, and the key heads that are computed together
 
 
 class Tile(NamedTuple):
@@ -42,12 +44,7 @@ class Tile(NamedTuple):
     first: int
     last: int
     masked: bool  # some of its pairs are hidden
-    faint: bool  # some of its weights may be negligible
-
-
-def compute_dtype(q: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if q.dtype is torch.float64 else torch.float32
+    negligible: bool  # some of its weights may be
 
 
 def block_rows(group: int, window: int | None) -> int:
@@ -56,39 +53,41 @@ def block_rows(group: int, window: int | None) -> int:
     return max(32, min(ROWS, 1 << (limit.bit_length() - 1)))
 
 
-def pieces(q: Tensor, k: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Iterator[Piece]:
-    """Slices of the inputs that cover them all; sequences do not mix with each other's steps."""
-    batch, _, heads, _ = q.shape
-    key_heads = k.shape[2]
-    group = heads // key_heads
-    for _, start, end in runs(q, cu_seqlens):
+def pieces(c: Call) -> Iterator[Piece]:
+    """Slices of the inputs that cover all rows which see a key.
+
+    Sequences come one at a time: which kernel multiplies a batch of matrices, and with that the last bits of each, may
+    depend on how many there are.
+    """
+    key_heads = c.k.shape[2]
+    group = c.q.shape[2] // key_heads
+    for _, start, end in runs(c.q, c.cu_seqlens):
         time = end - start
-        if time == 0:
+        if time == 0 or c.window_size == 0:
             continue
-        rows = min(block_rows(group, window), time)
-        pairs = max(1, ELEMENTS // (group * rows * max(rows, min(COLUMNS, time))))
-        for b in range(0, batch, sequences := max(1, pairs // key_heads)):
-            for h in range(0, key_heads, some := min(pairs, key_heads)):
-                yield slice(b, b + sequences), slice(start, end), slice(h, h + some)
+        rows = min(block_rows(group, c.window_size), time)
+        some = max(1, ELEMENTS // (group * rows * max(rows, min(COLUMNS, time))))
+        for b in range(c.q.shape[0]):
+            for h in range(0, key_heads, some):
+                yield slice(b, b + 1), slice(start, end), slice(h, min(h + some, key_heads))
 
 
 def query_heads(x: Tensor, piece: Piece, key_heads: int, dtype: torch.dtype) -> Tensor:
-    """A copy of a piece of x [B, T, HQ, D], [P, G, T, D]: pairs of a sequence and a key head, their query heads."""
-    sequences, steps, heads = piece
-    x = x[sequences, steps].unflatten(2, (key_heads, -1))[:, :, heads].permute(0, 2, 3, 1, 4)
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
+    """A copy of a piece of x [B, T, HQ, D], [P, G, T, D]: its key heads, and the query heads of each."""
+    sequence, steps, heads = piece
+    x = x[sequence, steps].unflatten(2, (key_heads, -1))[0, :, heads].permute(1, 2, 0, 3)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def set_query_heads(x: Tensor, piece: Piece, key_heads: int, part: Tensor) -> None:
     """The inverse of query_heads: write part [P, G, T, D] into a piece of x [B, T, HQ, D]."""
-    sequences, steps, heads = piece
-    into = x[sequences, steps].unflatten(2, (key_heads, -1))[:, :, heads]
-    into.copy_(part.unflatten(0, (into.shape[0], -1)).permute(0, 3, 1, 2, 4))
+    sequence, steps, heads = piece
+    x[sequence, steps].unflatten(2, (key_heads, -1))[0, :, heads].copy_(part.permute(2, 0, 1, 3))
 
 
 @dataclass
 class Run:
-    """The steps of one piece."""
+    """The steps of one piece, whose matrices are copies: which kernel multiplies them may depend on where they lie."""
 
     queries: Tensor  # [P, G, T, K], scaled by scale * log2(e)
     keys: Tensor  # [P, T, K + channels]
@@ -127,9 +126,9 @@ class Run:
         spans = list(pairwise(sorted(edges)))
         if self.sums is None:
             return [Tile(first, last, first < high, False) for first, last in spans]
-        dropped, faint = self._negligible(self.sums, a, b, reference)
+        dropped, some = self._negligible(self.sums, a, b, reference)
         return [
-            Tile(first, last, first < high, faint[first // COLUMNS])
+            Tile(first, last, first < high, some[first // COLUMNS])
             for first, last in spans
             if not dropped[first // COLUMNS]
         ]
@@ -142,8 +141,8 @@ class Run:
         least = (gain - reach).amin(-1, keepdim=True)
         smallest, largest = (x[..., : (b - 1) // COLUMNS + 1] for x in self.extremes)
         dropped = (most + start - smallest < self.floor - 1).all(0).all(0)
-        faint = (least + start - largest < self.floor + 1).any(0).any(0)
-        return dropped.tolist(), faint.tolist()
+        visible = (least + start - largest >= self.floor + 1).all(0).all(0)
+        return dropped.tolist(), (~visible).tolist()
 
     def extended(self, a: int, b: int, low: int, reference: Tensor) -> Tensor:
         """Queries [P, G * rows, K + channels] whose products with keys `low` to `a` are scores less `reference`."""
@@ -154,7 +153,9 @@ class Run:
         if self.sums is not None:
             rows[..., self.width : -1] = torch.eye(group, dtype=rows.dtype, device=rows.device)[:, None]
             rows[..., -1] += self.sums[..., a:b] - self.sums[..., a : a + 1]
-            self.keys[:, low:a, self.width : -1] = (self.sums[..., a : a + 1] - self.sums[..., low:a]).mT
+            before = self.sums[..., a : a + 1] - self.sums[..., low:a]
+            # Where this is not finite the rows' own sums are not either, and the group's other heads may not see it.
+            self.keys[:, low:a, self.width : -1] = before.nan_to_num_(0, 0, 0).mT
         return rows.flatten(1, 2)
 
     def scores(self, rows: Tensor, a: int, tile: Tile) -> Tensor:
@@ -164,7 +165,7 @@ class Run:
         torch.bmm(rows, self.keys[:, first:last].mT, out=x)
         if tile.masked:
             b = a + rows.shape[1] // self.queries.shape[1]
-            x.unflatten(1, (-1, b - a)).add_(self._mask(a, b, first, last))
+            x.unflatten(1, (-1, b - a)).masked_fill_(self._hidden(a, b, first, last), NEVER)
         return x
 
     def diagonal(self, a: int, b: int, reference: Tensor | None) -> Tensor:
@@ -182,19 +183,19 @@ class Run:
             per_head += low[..., :, None] - low[..., None, :]
         if reference is not None:
             per_head.sub_(reference)
-        per_head += self._mask(a, b, a, b)
+        per_head.masked_fill_(self._hidden(a, b, a, b), NEVER)  # what is hidden may be NaN
         return x
 
     def _take(self, rows: int, columns: int) -> Tensor:
         pairs = self.queries.shape[0]
         return self.buffer[: pairs * rows * columns].view(pairs, rows, columns)
 
-    def weights(self, x: Tensor, faint: bool) -> Tensor:
-        """exp2(x) in place, zero where it is negligible."""
-        return (torch.threshold_(x, self.floor, NEVER) if faint else x).exp2_()
+    def weights(self, x: Tensor, negligible: bool) -> Tensor:
+        """exp2(x) in place; zero where it is negligible, if some may be."""
+        return (torch.threshold_(x, self.floor, NEVER) if negligible else x).exp2_()
 
-    def _mask(self, a: int, b: int, first: int, last: int) -> Tensor:
-        """-inf for pairs of rows a to b and columns first to last that do not see each other, zero for the others."""
+    def _hidden(self, a: int, b: int, first: int, last: int) -> Tensor:
+        """Which pairs of rows a to b and columns first to last do not see each other."""
         row = torch.arange(a, b, device=self.keys.device)[:, None]
         column = torch.arange(first, last, device=self.keys.device)
         hidden = column > row
@@ -202,22 +203,23 @@ class Run:
             hidden |= column <= row - self.window
         if self.since is not None and bool((self.since[..., b - 1] > first).any()):
             hidden = hidden | (column < self.since[..., a:b, None])
-        return self.keys.new_zeros(hidden.shape).masked_fill_(hidden, NEVER)
+        return hidden
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, window: int | None, piece: Piece) -> Run:
+def prepare(c: Call, piece: Piece) -> Run:
     """The run of a piece, in the dtype that is computed in."""
-    dtype, (key_heads, key_width) = compute_dtype(q), k.shape[2:]
-    queries = query_heads(q, piece, key_heads, dtype).mul_(scale * LOG2E)
+    key_heads, key_width = c.k.shape[2:]
+    sequence, steps, heads = piece
+    queries = query_heads(c.q, piece, key_heads, state_dtype(c.q)).mul_(c.factor * LOG2E)
     pairs, group, time, _ = queries.shape
-    keys = queries.new_empty((pairs, time, key_width + (1 if g is None else group + 1)))
-    keys[..., :key_width] = k[piece].transpose(1, 2).flatten(0, 1)
+    keys = queries.new_empty((pairs, time, key_width + (1 if c.g is None else group + 1)))
+    keys[..., :key_width] = c.k[sequence, steps, heads][0].transpose(0, 1)
     keys[..., -1] = 1
-    values = v[piece].transpose(1, 2).to(dtype).flatten(0, 1)
-    if g is None:
-        return Run(queries, keys, values, window, queries.new_empty(0))
-    sums, since = decay.sums(query_heads(g[..., None], piece, key_heads, g.dtype).squeeze(-1))
+    values = queries.new_empty((pairs, time, c.v.shape[3])).copy_(c.v[sequence, steps, heads][0].transpose(0, 1))
+    if c.g is None:
+        return Run(queries, keys, values, c.window_size, queries.new_empty(0))
+    sums, since = decay.sums(query_heads(c.g[..., None], piece, key_heads, c.g.dtype).squeeze(-1))
     sums *= LOG2E
     longest = torch.linalg.vector_norm(keys[..., :key_width], dim=-1).amax(-1)
     reach = torch.linalg.vector_norm(queries, dim=-1).mul_(longest[:, None, None])
-    return Run(queries, keys, values, window, reach, sums, since)
+    return Run(queries, keys, values, c.window_size, reach, sums, since)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import first_row, locate_chunk
 from fla_ops.common.gpu.tiles import dot, nearest, split_program
 
 from .. import checks
+from ..call import Decoding
 from .gates import LOG2E
 from .parallel import WIDEST, refuse_widths
 
@@ -135,39 +137,42 @@ def attn_join_kernel(
     tl.store(o + (n * HQ + head) * V + value, nearest(out, o.dtype.element_ty), mask=value < V)
 
 
-def one_step(q, k, v, g, scale, cu_seqlens, do_gate_scale, sink_bias, window_size):
-    """o [1, N, HQ, V] in q's dtype; zeros for an empty cache."""
-    checks.decoding(q, k, v, g, cu_seqlens, sink_bias, window_size)
-    refuse_float64(q)
-    refuse_widths(q, v)
-    check_offsets(cu_seqlens, k.shape[1])
-    _, sequences, query_heads, key_width = q.shape
-    time, heads, value_width = v.shape[1:]
-    q, g, sink_bias, cu_seqlens = contiguous(q, g, sink_bias, cu_seqlens)
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))  # a cache is not copied if that can be helped
-    entry, joining = (launch.entry(name, q, key_width, value_width) for name in ("attn_decoding", "attn_join"))
-    factor, split, window = scale_of(q, scale), entry["SPLIT"], time if window_size is None else window_size
-    index = chunk_index.build(1, time, cu_seqlens, split)
-    shape = (index.rows, query_heads)
-    part = torch.empty((*shape, value_width), dtype=torch.float32, device=q.device)
-    log = torch.empty(shape, dtype=torch.float32, device=q.device)
-    passed = None if g is None else torch.empty_like(log)
-    o = torch.empty((*q.shape[:3], value_width), dtype=q.dtype, device=q.device)
+def one_step(c: Decoding) -> Tensor:
+    """o [1, N, HQ, V] in q's dtype; zeros where no key is seen."""
+    checks.launch_decoding(c)
+    refuse_float64(c.q)
+    refuse_widths(c)
+    check_offsets(c)
+    _, sequences, query_heads, key_width = c.q.shape
+    time, heads, value_width = c.v.shape[1:]
+    o = c.q.new_empty((*c.q.shape[:3], value_width))
+    if c.window_size == 0:
+        return o.zero_()
+    inner = tuple(name for name in ("k", "v") if getattr(c, name).stride(3) == 1)
+    c = contiguous(c, but=inner)  # a cache is not copied if that can be helped
+    entry, joining = (launch.entry(name, c.q, key_width, value_width) for name in ("attn_decoding", "attn_join"))
+    index = chunk_index.build(1, time, c.cu_seqlens, entry["SPLIT"])
+    part = o.new_empty((index.rows, query_heads, value_width), dtype=torch.float32)
+    log = part.new_empty((index.rows, query_heads))
+    passed = None if c.g is None else torch.empty_like(log)
+    gate_scale = (c.factor if c.do_gate_scale else 1.0) * LOG2E.value
+    window = time if c.window_size is None else c.window_size
     group_block = launch.block(64, query_heads // heads)
-    value_block, windowed = launch.block(WIDEST, value_width), window_size is not None
+    settings = {
+        "HQ": query_heads, "V": value_width, "SPLIT": entry["SPLIT"], "BV": launch.block(WIDEST, value_width),
+        "WINDOW": c.window_size is not None,
+    }
     launch.run(
         attn_decoding_kernel,
         index.rows * heads * triton.cdiv(query_heads // heads, group_block),
-        q, k, v, g, part, log, passed, cu_seqlens, index.sequence, index.ends, *k.stride()[1:3], *v.stride()[1:3],
-        factor * LOG2E.value, (factor if do_gate_scale else 1.0) * LOG2E.value, time, sequences, window,
-        HQ=query_heads, H=heads, K=key_width, V=value_width, SPLIT=split, BG=group_block, BN=entry["BN"],
-        BK=launch.block(WIDEST, key_width), BV=value_block,
-        WINDOW=windowed, PRECISION=launch.precision(entry), **launch.options(entry),
+        c.q, c.k, c.v, c.g, part, log, passed, c.cu_seqlens, index.sequence, index.ends,
+        *c.k.stride()[1:3], *c.v.stride()[1:3], c.factor * LOG2E.value, gate_scale, time, sequences, window,
+        **settings, H=heads, K=key_width, BG=group_block, BN=entry["BN"], BK=launch.block(WIDEST, key_width),
+        PRECISION=launch.precision(entry), **launch.options(entry),
     )
     launch.run(
         attn_join_kernel, sequences * query_heads,
-        part, log, passed, sink_bias, o, cu_seqlens, index.ends, time, window,
-        HQ=query_heads, V=value_width, SPLIT=split, BS=joining["BS"], BV=value_block, WINDOW=windowed,
-        **launch.options(joining),
+        part, log, passed, c.sink_bias, o, c.cu_seqlens, index.ends, time, window,
+        **settings, BS=joining["BS"], **launch.options(joining),
     )
     return o

@@ -19,11 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.attn import decay
 from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.tiles import nearest, split_program
 
-FORGETS = tl.constexpr(decay.FORGETS)
+from .. import call
+from ..call import Call
+
+FORGETS = tl.constexpr(call.FORGETS)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -85,20 +87,20 @@ def attn_decay_sums_kernel(
             after = tl.min(end, 0, keep_dims=True)
 
 
-def decay_sums(g: Tensor | None, cu_seqlens: Tensor | None, backward: bool = False) -> Gates:
-    """The arrays for g [B, T, HQ]; `until` only for the gradient."""
-    if g is None:
+def decay_sums(c: Call, backward: bool = False) -> Gates:
+    """The arrays for a call's g, contiguous; `until` only for the gradient."""
+    if c.g is None:
         return Gates()
-    batch, time, heads = g.shape
+    batch, time, heads = c.g.shape
     shape = (heads, batch * time)
-    high, low = (torch.empty(shape, dtype=torch.float32, device=g.device) for _ in range(2))
-    since, until = (torch.empty(shape, dtype=torch.int32, device=g.device) for _ in range(2))
+    high, low = (torch.empty(shape, dtype=torch.float32, device=c.g.device) for _ in range(2))
+    since, until = (torch.empty(shape, dtype=torch.int32, device=c.g.device) for _ in range(2))
     gates = Gates(high, low, since, until if backward else None)
-    entry = launch.entry("attn_decay_sums", g, 1, 1)
+    entry = launch.entry("attn_decay_sums", c.g, 1, 1)
     launch.run(
         attn_decay_sums_kernel,
-        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
-        g.contiguous(), *gates, cu_seqlens, time, batch * time,
+        c.sequences * heads,
+        c.g, *gates, c.cu_seqlens, time, batch * time,
         HQ=heads, BT=entry["BT"], **launch.options(entry),
     )
     return gates
@@ -129,15 +131,15 @@ def attn_decay_gradient_kernel(
         after += tl.sum(change, 0, keep_dims=True)
 
 
-def decay_gradient(g: Tensor, drow: Tensor, dcolumn: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def decay_gradient(c: Call, drow: Tensor, dcolumn: Tensor) -> Tensor:
     """dg [B, T, HQ] from the sums of the scores' gradient over each row and each column, [HQ, B * T]."""
-    batch, time, heads = g.shape
-    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    entry = launch.entry("attn_decay_gradient", g, 1, 1)
+    batch, time, heads = c.g.shape
+    dg = torch.empty(c.g.shape, dtype=c.g.dtype, device=c.g.device)
+    entry = launch.entry("attn_decay_gradient", c.g, 1, 1)
     launch.run(
         attn_decay_gradient_kernel,
-        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
-        g.contiguous(), drow, dcolumn, dg, cu_seqlens, time, batch * time,
+        c.sequences * heads,
+        c.g, drow, dcolumn, dg, c.cu_seqlens, time, batch * time,
         HQ=heads, BT=entry["BT"], **launch.options(entry),
     )
     return dg

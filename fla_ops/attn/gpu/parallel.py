@@ -7,22 +7,23 @@ that forgets, are not visited.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from fla_ops import launch
-from fla_ops.attn import decay
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
 
-from .. import checks
+from .. import checks, outputs
+from ..call import RESIDUAL_SCALE, Call, Decoding, Outputs
 from .gates import LOG2E, decay_sums
 from .scores import column_range, tile_scores
 
-REST = tl.constexpr(decay.REST)
+REST = tl.constexpr(RESIDUAL_SCALE)
 WIDEST = 256  # K and V: a program holds whole rows
 
 
@@ -115,36 +116,42 @@ def attn_forward_kernel(
     tl.store(lse + (begin + rows) * HQ + head, (peak + tl.log2(total)) / LOG2E, mask=rows < length)
 
 
-def forward(q, k, v, g, scale, window_size, cu_seqlens, chunk_indices, sink_bias, output_rest):
-    """o [B, T, HQ, V] in q's dtype, logs of the denominators [B, T, HQ]; if asked, what rounding took from o."""
-    checks.launch(q, k, v, g, window_size, cu_seqlens, chunk_indices, sink_bias)
-    refuse_float64(q)
-    refuse_widths(q, v)
-    batch, time, query_heads, key_width = q.shape
-    heads, value_width = v.shape[2:]
-    check_offsets(cu_seqlens, time)
-    q, k, v, sink_bias, cu_seqlens = contiguous(q, k, v, sink_bias, cu_seqlens)
-    o = torch.empty((*q.shape[:3], value_width), dtype=q.dtype, device=q.device)
-    rest = torch.empty_like(o) if output_rest and q.dtype is not torch.float32 else None
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    gates = decay_sums(g, cu_seqlens)
-    entry = launch.entry("attn_forward", q, key_width, value_width)
-    index = chunk_index.build(batch, time, cu_seqlens, entry["BM"])
+def forward(c: Call) -> Outputs:
+    """Every row's output and the logarithm of its denominator, and o's rounding residual if that is asked for."""
+    checks.launch(c)
+    refuse_float64(c.q)
+    refuse_widths(c)
+    check_offsets(c)
+    if c.window_size == 0:
+        return outputs.without_keys(c)
+    c = contiguous(c)
+    found = outputs.empty(c)
+    entry = launch.entry("attn_forward", c.q, c.q.shape[3], c.v.shape[3])
+    index = chunk_index.build(*c.q.shape[:2], c.cu_seqlens, entry["BM"])
+    sizes, settings = shared(c)
     launch.run(
         attn_forward_kernel,
-        index.rows * query_heads,
-        q, k, v, *gates[:3], sink_bias, o, rest, lse, cu_seqlens, index.sequence, index.ends,
-        scale_of(q, scale) * LOG2E.value, time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, batch * time,
-        time if window_size is None else window_size,
-        HQ=query_heads, H=heads, K=key_width, V=value_width,
-        BM=index.size, BN=entry["BN"], BK=launch.block(WIDEST, key_width), BV=launch.block(WIDEST, value_width),
-        WINDOW=window_size is not None, PRECISION=launch.precision(entry), **launch.options(entry),
+        index.rows * c.q.shape[2],
+        c.q, c.k, c.v, *decay_sums(c)[:3], c.sink_bias, found.o, found.rest, found.lse,
+        c.cu_seqlens, index.sequence, index.ends, c.factor * LOG2E.value, *sizes,
+        **settings, BM=index.size, BN=entry["BN"], PRECISION=launch.precision(entry), **launch.options(entry),
     )
-    return o, lse, rest
+    return found
 
 
-def refuse_widths(q: torch.Tensor, v: torch.Tensor) -> None:
+def shared(c: Call) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What all kernels over rows or columns are launched with: T, N, TOTAL and window; then what is compiled in."""
+    batch, time, query_heads, key_width = c.q.shape
+    heads, value_width = c.v.shape[2:]
+    windowed = c.window_size is not None
+    return (time, packed_sequences(c.cu_seqlens), batch * time, c.window_size if windowed else time), {
+        "HQ": query_heads, "H": heads, "K": key_width, "V": value_width,
+        "BK": launch.block(WIDEST, key_width), "BV": launch.block(WIDEST, value_width), "WINDOW": windowed,
+    }
+
+
+def refuse_widths(c: Call | Decoding) -> None:
     """One program holds whole rows of q, k and v."""
-    for name, x, letter in (("q", q, "K"), ("v", v, "V")):
+    for name, x, letter in (("q", c.q, "K"), ("v", c.v, "V")):
         if x.shape[3] > WIDEST:
             raise ValueError(f"{name} must have {letter} <= {WIDEST} on a GPU, got {letter} = {x.shape[3]}")

@@ -16,17 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.attn import decay
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import contiguous, scale_of
+from fla_ops.common.gpu.arguments import contiguous
 from fla_ops.common.gpu.tiles import load_rows, split_program
 
+from .. import outputs
+from ..call import RESIDUAL_SCALE, Call, Gradients, Need, Outputs
 from .gates import LOG2E, decay_gradient, decay_sums
 from .key_gradient import attn_key_gradient_kernel
-from .parallel import WIDEST
+from .parallel import WIDEST, shared
 from .query_gradient import attn_query_gradient_kernel
 
-REST = tl.constexpr(decay.REST)
+REST = tl.constexpr(RESIDUAL_SCALE)
 
 
 @triton.jit(do_not_specialize=["TOTAL"])
@@ -53,62 +54,55 @@ def attn_row_terms_kernel(
     tl.store(logs + head.to(tl.int64) * TOTAL + t, log, mask=inside)
 
 
-def row_terms(o: Tensor, rest: Tensor | None, do: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_terms(d: Outputs, saved: Outputs) -> tuple[Tensor, Tensor]:
     """lse in powers of two, and delta, [HQ, B * T] each."""
-    batch, time, heads, width = o.shape
-    logs, delta = (torch.empty((heads, batch * time), dtype=torch.float32, device=o.device) for _ in range(2))
-    entry = launch.entry("attn_row_terms", o, width, width)
+    batch, time, heads, width = saved.o.shape
+    logs, delta = (saved.o.new_empty((heads, batch * time), dtype=torch.float32) for _ in range(2))
+    entry = launch.entry("attn_row_terms", saved.o, width, width)
     launch.run(
         attn_row_terms_kernel,
         triton.cdiv(batch * time, entry["BM"]) * heads,
-        o, rest, do, lse, dlse, delta, logs, batch * time,
+        saved.o, saved.rest, d.o, saved.lse, d.lse, delta, logs, batch * time,
         HQ=heads, V=width, BM=entry["BM"], BV=launch.block(WIDEST, width), **launch.options(entry),
     )
     return logs, delta
 
 
-def backward(q, k, v, g, sink_bias, cu_seqlens, o, lse, rest, do, dlse, scale, window_size, output_mask):
-    """The gradients that output_mask asks for (q, k, v, g, sink_bias), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_sink = output_mask
-    batch, time, query_heads, key_width = q.shape
-    heads, value_width = v.shape[2:]
-    q, k, v, o, lse, rest, do, dlse, cu_seqlens = contiguous(q, k, v, o, lse, rest, do, dlse, cu_seqlens)
-    logs, delta = row_terms(o, rest, do, lse, dlse)
+def backward(c: Call, d: Outputs, need: Need, saved: Outputs) -> Gradients:
+    """The gradients that are needed, each in its input's dtype."""
+    if c.window_size == 0:
+        return outputs.gradients_without_keys(c, d, need)
+    c, d, saved = (contiguous(x) for x in (c, d, saved))
+    (batch, time, query_heads, key_width), value_width = c.q.shape, c.v.shape[3]
+    logs, delta = row_terms(d, saved)
     dq, dk, dv = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+        torch.empty_like(x) if wanted else None for wanted, x in zip(need[:3], (c.q, c.k, c.v), strict=True)
     )
-    drow, dcolumn = (torch.empty_like(logs) if need_g else None for _ in range(2))
-    gates = decay_sums(g, cu_seqlens, backward=True)
-    call = {
-        "HQ": query_heads, "H": heads, "K": key_width, "V": value_width,
-        "BK": launch.block(WIDEST, key_width), "BV": launch.block(WIDEST, value_width),
-        "WINDOW": window_size is not None,
-    }
-    sizes = (
-        scale_of(q, scale), time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, batch * time,
-        time if window_size is None else window_size,
-    )
-    if need_q or need_g:
-        entry = launch.entry("attn_query_gradient", q, key_width, value_width)
-        index = chunk_index.build(batch, time, cu_seqlens, entry["BM"])
+    drow, dcolumn = (torch.empty_like(logs) if need.g else None for _ in range(2))
+    gates = decay_sums(c, backward=True)
+    sizes, settings = shared(c)
+    if need.q or need.g:
+        entry = launch.entry("attn_query_gradient", c.q, key_width, value_width)
+        index = chunk_index.build(batch, time, c.cu_seqlens, entry["BM"])
         launch.run(
             attn_query_gradient_kernel, index.rows * query_heads,
-            q, k, v, do, *gates[:3], logs, delta, dq, drow, cu_seqlens, index.sequence, index.ends, *sizes,
-            **call, BM=entry["BM"], BN=entry["BN"], PRECISION=launch.precision(entry), **launch.options(entry),
+            c.q, c.k, c.v, d.o, *gates[:3], logs, delta, dq, drow,
+            c.cu_seqlens, index.sequence, index.ends, c.factor, *sizes,
+            **settings, BM=entry["BM"], BN=entry["BN"], PRECISION=launch.precision(entry), **launch.options(entry),
         )
-    if need_k or need_v or need_g:
-        entry = launch.entry("attn_key_gradient", q, key_width, value_width)
-        index = chunk_index.build(batch, time, cu_seqlens, entry["BN"])
+    if need.k or need.v or need.g:
+        entry = launch.entry("attn_key_gradient", c.q, key_width, value_width)
+        index = chunk_index.build(batch, time, c.cu_seqlens, entry["BN"])
         launch.run(
-            attn_key_gradient_kernel, index.rows * heads,
-            q, k, v, do, *gates, logs, delta, dk, dv, dcolumn, cu_seqlens, index.sequence, index.ends, *sizes,
-            **call, BM=entry["BM"], BN=entry["BN"], PRECISION=launch.precision(entry),
-            NEED_K=need_k or need_g, NEED_V=need_v, **launch.options(entry),
+            attn_key_gradient_kernel, index.rows * c.k.shape[2],
+            c.q, c.k, c.v, d.o, *gates, logs, delta, dk, dv, dcolumn,
+            c.cu_seqlens, index.sequence, index.ends, c.factor, *sizes,
+            **settings, BM=entry["BM"], BN=entry["BN"], PRECISION=launch.precision(entry),
+            NEED_K=need.k or need.g, NEED_V=need.v, **launch.options(entry),
         )
-    dg = decay_gradient(g, drow, dcolumn, cu_seqlens) if need_g else None
+    dg = decay_gradient(c, drow, dcolumn) if need.g else None
     dsink = None
-    if need_sink:
-        share = torch.exp2(sink_bias.float()[:, None] * LOG2E.value - logs) * delta
-        dsink = -share.sum(1, dtype=torch.float64).to(sink_bias.dtype)
+    if need.sink_bias:
+        share = torch.exp2(c.sink_bias.float()[:, None] * LOG2E.value - logs) * delta
+        dsink = -share.sum(1, dtype=torch.float64).to(c.sink_bias.dtype)
     return dq, dk, dv, dg, dsink

@@ -11,22 +11,30 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import subprocess
-import tempfile
+import threading
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
 
+from .cache import Unusable, obtain
+
 PACKAGE = Path(__file__).parents[2]
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 MACHINES = {"AVX2": ("-march=x86-64-v3",), "AVX512": ("-march=x86-64-v4",)}  # by what PyTorch finds
+LIMIT = 120.0  # seconds for a compiler
 TOGETHER = 1 << 18  # multiply-adds from which a kernel takes all threads
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of kernels.h
+RUNTIME = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+
+_one_at_a_time = threading.Lock()
 
 
 def library(source: str, *tensors: Tensor) -> ctypes.CDLL | None:
@@ -36,50 +44,94 @@ def library(source: str, *tensors: Tensor) -> ctypes.CDLL | None:
     return _load(source) if all(x.dtype in DTYPES for x in tensors) else None
 
 
+def sources() -> list[str]:
+    """Every source file of this package that is compiled into a library."""
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/cpu/*.cpp"))
+
+
+def warm() -> dict[str, bool]:
+    """Compile what is not kept yet; whether each source file has a library now."""
+    return {source: library(source) is not None for source in sources()}
+
+
 @cache
 def _load(source: str) -> ctypes.CDLL | None:
-    """The library of a file, compiled where there is none yet; None, with a warning, where that fails."""
-    text = _text(source)
     flags = (*FLAGS, *MACHINES.get(torch.backends.cpu.get_cpu_capability(), ()))
+    with _one_at_a_time:
+        return _find(source, flags)
+
+
+@cache
+def _find(source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    """The library of a file, compiled where none is kept; None where that fails. A warning says what happened."""
+    text = _text(source)
     digest = hashlib.sha256("\n".join((*flags, text)).encode()).hexdigest()[:16]
+    notes: list[str] = []
     try:
-        path = _folder() / f"{Path(source).stem}-{digest}.so"
-        if not path.exists():
-            _compile(text, flags, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"fla_ops/{source} could not be compiled; ATen calls serve instead, more slowly. Is there a C++ compiler, "
-            f"by the name that CXX says, or c++?\n{said.strip()[:500]}",
-            stacklevel=2,
+        found = obtain(
+            f"{Path(source).stem}-{digest}.so", exports(text), lambda path: _compile(text, flags, path), notes
         )
+    except Unusable as error:
+        message = "; ".join((*notes, str(error)))
+        warnings.warn(f"fla_ops/{source} is served by ATen calls, more slowly: {message}", stacklevel=4)
         return None
+    if notes:
+        warnings.warn(f"fla_ops/{source} had to be compiled: {'; '.join(notes)}", stacklevel=4)
+    found.use_threads(ctypes.byref(_runtime()))
+    return found
 
 
 def _compile(text: str, flags: tuple[str, ...], path: Path) -> None:
-    """Write a library in one step: processes that compile the same file at once do not see each other's halves."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-x", "c++", "-", "-o", str(built)]
-        subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-        built.replace(path)
-
-
-def _folder() -> Path:
-    """Where libraries are kept; one for this process where that cannot be made, or a user has no home."""
-    named, caches = os.environ.get("FLA_OPS_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME")
+    named = os.environ.get("CXX") or "c++"
     try:
-        folder = Path(named) if named else Path(caches or Path.home() / ".cache") / "fla_ops"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="fla_ops_"))
-    return folder
+        command = [*shlex.split(named), *flags, "-x", "c++", "-", "-o", str(path)]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise Unusable(f"there is no C++ compiler {named!r}, the one that CXX names or else c++ ({error})") from error
+    with process:
+        try:
+            _, said = process.communicate(text, LIMIT)
+        except subprocess.TimeoutExpired as error:
+            raise Unusable(f"the compiler {named!r} had not finished after {LIMIT:.0f} s, and was stopped") from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started: its session is its own
+    if process.returncode:
+        raise Unusable(f"the compiler {named!r} ended with status {process.returncode}\n{said.strip()[:2000]}")
 
 
 def _text(source: str) -> str:
     """A file with this package's headers in place of their #include lines: the digest is of all that is compiled."""
     return re.sub(r'^#include "(.+)"$', lambda line: _text(line[1]), (PACKAGE / source).read_text(), flags=re.MULTILINE)
+
+
+def exports(text: str) -> list[str]:
+    """The functions that a source file declares to be C's."""
+    blocks = re.findall(r'^extern "C" (?:\{\n(.*?)^\}|(.*?)$)', text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^\w+ (\w+)\(", "\n".join(map("".join, blocks)), re.MULTILINE)
+
+
+class Runtime(ctypes.Structure):
+    """Functions of an OpenMP runtime: struct Runtime of threads.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in RUNTIME)
+
+
+@cache
+def _runtime() -> Runtime:
+    """The runtime that PyTorch depends on, whatever its file is called; nulls where it has no such functions."""
+    pytorch = ctypes.CDLL(torch._C.__file__)  # is loaded already; a name is looked up in all that it depends on
+    try:
+        return Runtime(*(ctypes.cast(getattr(pytorch, name), ctypes.c_void_p) for name in RUNTIME))
+    except AttributeError:
+        return Runtime()
 
 
 class Steps(ctypes.Structure):
@@ -112,9 +164,9 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def offsets(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
-    """Where packed sequences begin and end, checked, in int64; None for a dense batch."""
-    return None if cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(cu_seqlens, q.shape[1]))
+def offsets(c: Any) -> Tensor | None:
+    """Where the packed sequences of a call begin and end, checked, in int64; None for a dense batch."""
+    return None if c.cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(c.cu_seqlens, c.q.shape[1]))
 
 
 def float32(x: Tensor | None) -> Tensor | None:
@@ -123,8 +175,10 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 
 def threads(products: int) -> int:
-    """How many threads serve so many multiply-adds: as many as PyTorch uses, or one where starting them costs more."""
-    return torch.get_num_threads() if products >= TOGETHER else 1
+    """How many threads serve so many multiply-adds: as many as PyTorch uses, or one where starting them costs more, or
+    where PyTorch has none to share.
+    """
+    return torch.get_num_threads() if products >= TOGETHER and _runtime().GOMP_parallel else 1
 
 
 def for_each_head(x: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
+#include "common/cpu/threads.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -29,9 +29,14 @@ constexpr int LANES = 4, TILE_ROWS = 8;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef double Wide __attribute__((vector_size(8 * LANES)));
+typedef double UnalignedWide __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
 inline Vector read(const float* x) { return *reinterpret_cast<const Unaligned*>(x); }
 inline void write(float* x, Vector y) { *reinterpret_cast<Unaligned*>(x) = y; }
+inline Wide read(const double* x) { return *reinterpret_cast<const UnalignedWide*>(x); }
+inline void write(double* x, Wide y) { *reinterpret_cast<UnalignedWide*>(x) = y; }
+inline Wide wide(Vector x) { return __builtin_convertvector(x, Wide); }
 
 inline int padded(int64_t n) { return int((n + 15) / 16 * 16); }
 
@@ -43,6 +48,21 @@ struct FlushDenormals {
     FlushDenormals() { _mm_setcsr(before | 0x8040); }
     ~FlushDenormals() { _mm_setcsr(before); }
 #endif
+};
+
+// A factor as the sum of two floats. A decay near one that is rounded to float32 and met at every step is a bias, which
+// grows with the steps; both parts together are exact to 48 bits.
+struct Factor {
+    float high, low;
+    explicit Factor(double x) : high(float(x)), low(std::isfinite(high) ? float(x - high) : 0) {}
+    template <class T>
+    T times(T x) const {
+        return high * x + low * x;
+    }
+    template <class T>
+    T times_plus(T x, T y) const {
+        return high * x + (low * x + y);
+    }
 };
 
 struct Matrix {
@@ -149,9 +169,10 @@ inline void add(Matrix x, Matrix y, int rows, int columns) {
         for (int j = 0; j < columns; j += LANES) write(y[i] + j, read(y[i] + j) + read(x[i] + j));
 }
 
-inline float sum(Vector x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
+template <class T>
+inline auto sum(T x) {
+    auto total = x[0];
+    for (int i = 1; i < LANES; i++) total += x[i];
     return total;
 }
 
@@ -208,10 +229,12 @@ struct Steps {
         });
     }
 
+    // Zeros past the width, in a row that held another sequence's numbers: a NaN times zero is a NaN.
     void load_row(int64_t b, int64_t t, int64_t h, int width, float* x, float factor = 1) const {
         row(b, t, h, [&](auto* from, auto apart) {
             for (int j = 0; j < width; j++) x[j] = factor * float(from[j * apart]);
         });
+        std::fill(x + width, x + padded(width), 0.f);
     }
 
     void store_row(int64_t b, int64_t t, int64_t h, int width, const float* x, float factor = 1) const {
@@ -221,19 +244,21 @@ struct Steps {
     }
 
     // Some steps of some heads, times a factor, into as many matrices, `apart` numbers from each other; zeros past the
-    // edges. In the order of memory: one head alone is read at a fraction of the speed.
-    void load(int64_t b, int64_t t, int64_t h, int rows, int heads, int width, Matrix x, int64_t apart,
+    // edges. In the order of memory: one head alone is read at a fraction of the speed. `ahead` is 1, or -1 backwards.
+    void load(int64_t b, int64_t t, int ahead, int64_t h, int rows, int heads, int width, Matrix x, int64_t apart,
               float factor = 1) const {
         for (int i = 0; i < padded(rows); i++)
             for (int n = 0; n < heads; n++) {
                 float* row = x[i] + n * apart;
-                if (i < rows) load_row(b, t + i, h + n, width, row, factor);
-                std::fill(row + (i < rows ? width : 0), row + padded(width), 0.f);
+                if (i < rows)
+                    load_row(b, t + i * ahead, h + n, width, row, factor);
+                else
+                    std::fill(row, row + padded(width), 0.f);
             }
     }
 
-    void store(int64_t b, int64_t t, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
-        for (int i = 0; i < rows; i++) store_row(b, t + i, h, width, x[i], factor);
+    void store(int64_t b, int64_t t, int ahead, int64_t h, int rows, int width, Matrix x, float factor = 1) const {
+        for (int i = 0; i < rows; i++) store_row(b, t + i * ahead, h, width, x[i], factor);
     }
 };
 
@@ -253,14 +278,14 @@ struct Space {
     }
 };
 
-// body(i) for all i: spread over the threads of a parallel region, or all by this thread.
+// body(i) for all i: shared by the threads of a team, which wait for each other, or all by this thread.
 template <class Body>
 void spread(bool shared, int64_t count, Body body) {
-    if (!shared) {
-        for (int64_t i = 0; i < count; i++) body(i);
+    if (shared) {
+        share(count, body);
+        meet();
         return;
     }
-#pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i++) body(i);
 }
 
@@ -292,14 +317,13 @@ struct Walk {
 // Each walk of a call by one of its threads; Worker(call, backward) holds what a thread needs.
 template <class Worker, class Call>
 void walk_all(const Call& c, bool backward) {
-#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1)
-    {
+    with_team(c.threads, [&] {
         FlushDenormals flush;
         Worker worker(c, backward);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < c.sequences * c.heads; i++)
+        share(c.sequences * c.heads, [&](int64_t i) {
             backward ? worker.backward(Walk(c, i)) : worker.forward(Walk(c, i));
-    }
+        });
+    });
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
-"""What the simple_gla launchers share: contiguous arguments, the scale, and the refusal of float64."""
+"""What launchers of kernels share: contiguous arguments, offsets, states, and what the kernels refuse."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +12,12 @@ from fla_ops import validation as valid
 WIDEST = 256  # of a state that one program holds
 
 
-def scale_of(q: Tensor, scale: float | None) -> float:
-    """K ** -0.5 unless given."""
-    return float(q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The kernels' strides follow from the sizes."""
-    return [None if x is None else x.contiguous() for x in tensors]
+def contiguous(c: Any, but: tuple[str, ...] = ()) -> Any:
+    """The same call with contiguous tensors, whose strides follow from the sizes; `but` those that are named."""
+    return c._make(
+        x.contiguous() if isinstance(x, Tensor) and name not in but else x
+        for name, x in zip(c._fields, c, strict=True)
+    )
 
 
 def refuse_float64(q: Tensor) -> None:
@@ -26,22 +26,25 @@ def refuse_float64(q: Tensor) -> None:
         raise TypeError("q, k, v must be float32, bfloat16 or float16 on a GPU, got float64")
 
 
-def check_offsets(cu_seqlens: Tensor | None, time: int) -> None:
-    """The values of cu_seqlens, without waiting for a device."""
-    if cu_seqlens is None:
+def check_offsets(c: Any) -> None:
+    """The values of a call's cu_seqlens, without waiting for a device."""
+    if c.cu_seqlens is None:
         return
-    if cu_seqlens.is_cuda:
-        valid.cu_seqlens_values_async(cu_seqlens, time)
+    time = c.k.shape[1]
+    if c.cu_seqlens.is_cuda:
+        valid.cu_seqlens_values_async(c.cu_seqlens, time)
     else:
-        valid.cu_seqlens_values(cu_seqlens, time)
+        valid.cu_seqlens_values(c.cu_seqlens, time)
 
 
-def final_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool) -> Tensor:
-    """An empty final state, [N, H, K, V] or with state_v_first [N, H, V, K], float32."""
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    widths = (q.shape[3], v.shape[3])
-    shape = (sequences, v.shape[2], *(widths[::-1] if state_v_first else widths))
-    return torch.empty(shape, dtype=torch.float32, device=v.device)
+def packed_sequences(cu_seqlens: Tensor | None) -> int:
+    """How many sequences are packed; 0 for a dense batch."""
+    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def final_state(c: Any) -> Tensor | None:
+    """An empty final state in float32, if the call asks for it."""
+    return torch.empty(c.state_shape, dtype=torch.float32, device=c.v.device) if c.output_final_state else None
 
 
 def refuse_width(letter: str, width: int) -> None:

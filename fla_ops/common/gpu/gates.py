@@ -4,26 +4,32 @@ Log decays are converted to powers of two. A step whose decay is zero in float32
 enter the running sum but a running count, and a weight is zero when a reset lies between its two steps. So no infinity
 meets another, no difference of two sums crosses a reset, and every exponent is masked before it is raised.
 
+A decay that a state meets again and again is a factor in two parts: one that is near one, rounded to float32, would be
+off by the same bit each time, a bias that grows with the length.
+
 DECAY says what `g` is: "step", log decays [B, T, H]; "head", one log decay per head [H]; "none".
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 RESET = tl.constexpr(-127.0)
 NEVER = tl.constexpr(float("-inf"))
 
 
-def gate(g: Tensor | None, g_gamma: Tensor | None) -> tuple[Tensor | None, str]:
-    """The kernels' argument `g` and DECAY."""
-    if g is not None:
-        return g.contiguous(), "step"
-    if g_gamma is not None:
-        return g_gamma.contiguous(), "head"
+def gate(c: Any) -> tuple[Tensor | None, str]:
+    """The kernels' argument `g` and DECAY, from a call."""
+    if c.g is not None:
+        return c.g.contiguous(), "step"
+    if c.g_gamma is not None:
+        return c.g_gamma.contiguous(), "head"
     return None, "none"
 
 
@@ -36,6 +42,28 @@ def load_log_decay(g, first, steps, head, H: tl.constexpr, BT: tl.constexpr, DEC
     else:
         log_decay = tl.where(t < steps, tl.load(g + head).to(tl.float32), 0.0)
     return log_decay * LOG2E
+
+
+@triton.jit
+def factor(log_decay):
+    """2 ** log_decay in float32, and what rounding took from it, where it is near one."""
+    x = log_decay * LN2
+    change = x * (1 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720))))))
+    near = tl.abs(log_decay) < 0.25
+    rounded = tl.where(near, 1 + change, tl.exp2(log_decay))
+    return rounded, tl.where(near, change - (rounded - 1), 0.0)
+
+
+@triton.jit
+def decayed(state, decay, rest, DECAY: tl.constexpr):
+    """(decay + rest) * state, for a block of steps."""
+    return state if DECAY == "none" else state * decay + state * rest
+
+
+@triton.jit
+def advance(state, decay, rest, added, DECAY: tl.constexpr):
+    """(decay + rest) * state + added, rounded together: the decay of one step may be less than half a bit of state."""
+    return state + added if DECAY == "none" else state * decay + (state * rest + added)
 
 
 @triton.jit
@@ -90,15 +118,17 @@ def block_decay(
 ):
     """Factors of one block of steps, in walking order.
 
-    Of step j, at step i [BT, BT]; of what enters, at step i [BT]; of step j, at the exit [BT]; of what enters, there.
+    Of step j, at step i [BT, BT]; of what enters, at step i [BT]; of step j, at the exit [BT]; of what enters, there,
+    in the two parts of `factor`.
     """
     if DECAY == "none":
         between = tl.where(causal(BT, REVERSE), 1.0, 0.0)
         enter = tl.full([BT], 1.0, tl.float32)
-        leave, total = enter, 1.0
+        leave, total, rest = enter, 1.0, 0.0
     else:
         sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
         log_enter, log_leave, log_total = exponents(sums, count, BT, REVERSE)
         between = within(sums, count, BT, REVERSE)
-        enter, leave, total = tl.exp2(log_enter), tl.exp2(log_leave), tl.exp2(log_total)
-    return between, enter, leave, total
+        enter, leave = tl.exp2(log_enter), tl.exp2(log_leave)
+        total, rest = factor(log_total)
+    return between, enter, leave, total, rest

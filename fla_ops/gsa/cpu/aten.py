@@ -1,96 +1,90 @@
-"""gsa on a CPU: the chunk form, all chunks at once in batched products."""
+"""gsa on a CPU: the chunk form, one sequence after the other, all chunks of a sequence in batched products.
+
+What the gradient keeps is the argument of the softmax up to level 1 of checkpoint_level, and the states before each
+chunk at level 0.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from fla_ops import validation as valid
-from fla_ops.common.cpu.chunks import Chunks, DenseChunks, PackedChunks
+from fla_ops.validation import state_dtype
 
 from .. import checks
+from ..call import Call, Gradients, Kept, Need, Outputs
 from . import abc, chunked
-from .chunked import Gradients, Inputs
+from .sequences import Place, alone, empty_gradients, empty_states, places
 
 
-def chunk_forward(
-    q, k, v, s, g, scale, initial_k, initial_v, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size,
-    checkpoint_level,
-):  # fmt: skip
-    """o, the final states, and what the gradient keeps: `earlier` and `own` up to level 1, the chunks' states at level
-    0.
-    """
-    checks.launch(q, k, v, s, g, initial_k, initial_v, cu_seqlens, cu_seqlens_cpu, chunk_size, checkpoint_level)
-    layout = _layout(q, cu_seqlens, chunk_size)
-    c = chunked.cut(layout, q, k, v, *abc.gates(s, g, cu_seqlens), scale)
-    o, earlier, own, states_k, states_v, final_k, final_v = chunked.forward(c, initial_k, initial_v)
-    rows = checks.chunk_rows(q, cu_seqlens, chunk_size)
-    return (
-        chunked.join_group(layout, o, v.dtype),
-        final_k if output_final_state else None,
-        final_v if output_final_state else None,
-        chunked.join_group(layout, earlier, c.dtype) if checkpoint_level < 2 else None,
-        layout.join(own, c.dtype).flatten(2) if checkpoint_level < 2 else None,
-        _filled(states_k, rows) if checkpoint_level < 1 else None,
-        _filled(states_v, rows) if checkpoint_level < 1 else None,
-    )
+def chunk_forward(c: Call) -> Kept:
+    """The outputs, the final states, and what the gradient keeps."""
+    checks.launch(c)
+    kept = _empty(c)
+    first = 0
+    for at in places(c):
+        one = alone(c, at)
+        x = chunked.in_chunks(one)
+        found = chunked.forward(x, one.initial_k, one.initial_v)
+        chunked.from_chunks(found.o, x.size, at.of(kept.o))
+        if c.output_final_state:
+            kept.final_k[at.n], kept.final_v[at.n] = found.final_k, found.final_v
+        if kept.earlier is not None:
+            chunked.from_chunks(found.earlier, x.size, at.of(kept.earlier))
+            chunked.from_chunks(found.own.unsqueeze(-1).flatten(2, 3), x.size, at.of(kept.own).unsqueeze(-1))
+        last = first + len(x.q)
+        if kept.states_k is not None:
+            kept.states_k[first:last], kept.states_v[first:last] = found.states_k, found.states_v
+        first = last
+    return kept
 
 
-def chunk_backward(
-    q, k, v, s, g, initial_k, initial_v, cu_seqlens, earlier, own, states_k, states_v, do, dfinal_k, dfinal_v, scale,
-    chunk_size, output_mask,
-):  # fmt: skip
-    """The gradient of chunk_forward; what it did not keep is computed again."""
-    layout, heads = _layout(q, cu_seqlens, chunk_size), k.shape[2]
-    weights, gates = abc.gates(s, g, cu_seqlens)
-    wanted = checks.mask(g, output_mask)
-    c = chunked.cut(layout, q, k, v, weights, gates, scale)
-    if states_k is None:
-        states_k, _ = chunked.key_states(c, initial_k)
-        states_v, _ = chunked.value_states(c, initial_v)
-    else:
-        states_k, states_v = (_taken(states, layout) for states in (states_k, states_v))
-    if earlier is not None:
-        earlier = chunked.split_group(layout, earlier, heads, c.dtype)
-    do = chunked.split_group(layout, do, heads, c.dtype)
-    found = chunked.backward(c, earlier, states_k, states_v, do, dfinal_k, dfinal_v, chunked.scale_of(q, scale), wanted)
-    inputs = (q, k, v, weights, gates, initial_k, initial_v)
-    dq, dk, dv, ds, dg, dinitial_k, dinitial_v = _leave(c, found, inputs, wanted)
-    if g is None:
-        ds, dg = abc.gradient(s, weights, gates, cu_seqlens, ds, dg), None
-    return dq, dk, dv, ds, dg, dinitial_k, dinitial_v
+def chunk_backward(c: Call, d: Outputs, need: Need, saved: Kept) -> Gradients:
+    """The gradient of chunk_forward; what it did not keep is computed again, with the same bits."""
+    inside = need.of_gates(c.g)
+    gradients = empty_gradients(c, need)
+    first = 0
+    for at in places(c):
+        one = alone(c, at)
+        x = chunked.in_chunks(one)
+        last = first + len(x.q)
+        if saved.states_k is None:
+            states = x.key_states(one.initial_k)[0], x.value_states(one.initial_v)[0]
+        else:  # copied, for how a product rounds may depend on where its operands lie
+            states = saved.states_k[first:last].clone(), saved.states_v[first:last].clone()
+        first = last
+        do, earlier = (
+            None if y is None else chunked.to_chunks(at.of(y), x.k.shape[1], x.size, x.q.dtype)
+            for y in (d.o, saved.earlier)
+        )
+        dfinal = (None if y is None else y[at.n] for y in (d.final_k, d.final_v))
+        kept = saved._replace(earlier=earlier, states_k=states[0], states_v=states[1])
+        found = chunked.backward(x, Outputs(do, *dfinal), inside, kept)
+        if c.g is None and need.s:
+            dw, dg = (chunked.from_chunks(y, x.size, torch.empty_like(one.g)) for y in (found.s, found.g))
+            at.of(gradients.s).copy_(abc.gradient(one.s, one.g, dw, dg, reverse=False))
+            found = found._replace(s=None, g=None)
+        _fill(gradients, found, at, x.size)
+    return gradients
 
 
-def _leave(c: Inputs, found: Gradients, inputs: tuple[Tensor | None, ...], output_mask: list[bool]) -> Gradients:
-    """Gradients in the layout and dtype of their inputs, None for those not asked for."""
-    dq, *steps = found[:5]
-    left = [None if dq is None else chunked.join_group(c.layout, dq, inputs[0].dtype)]
-    left += [
-        None if gradient is None else c.layout.join(gradient, x.dtype)
-        for gradient, x in zip(steps, inputs[1:5], strict=True)
-    ]
-    left += [
-        gradient.to(x.dtype) if wanted else None
-        for gradient, x, wanted in zip(found[5:], inputs[5:], output_mask[5:], strict=True)
-    ]
-    return tuple(left)
+def _fill(gradients: Gradients, found: Gradients, at: Place, size: int) -> None:
+    """Put what was found for one sequence in chunks of `size` steps where it belongs."""
+    for whole, part in zip(gradients[:5], found[:5], strict=True):
+        if whole is not None and part is not None:
+            chunked.from_chunks(part, size, at.of(whole))
+    for whole, part in zip(gradients[5:], found[5:], strict=True):
+        if whole is not None:
+            whole[at.n] = part
 
 
-def _layout(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Chunks:
-    steps = checks.chunk_steps(q, chunk_size)
-    if cu_seqlens is None:
-        return DenseChunks(q.shape[0], q.shape[1], steps)
-    return PackedChunks(valid.cu_seqlens_values(cu_seqlens, q.shape[1]), steps, q.device)
-
-
-def _filled(states: Tensor, rows: int) -> Tensor:
-    """[rows, lanes, ...] as one dimension, with zeros where fewer rows are used than there may be."""
-    states = states.flatten(0, 1)
-    if len(states) == rows:
-        return states
-    return torch.cat([states, states.new_zeros(rows - len(states), *states.shape[1:])])
-
-
-def _taken(states: Tensor, layout: Chunks) -> Tensor:
-    """The inverse of _filled."""
-    return states[: layout.rows * layout.lanes].unflatten(0, (layout.rows, layout.lanes))
+def _empty(c: Call) -> Kept:
+    """What chunk_forward returns, to be filled; there may be fewer chunk states than rows for them."""
+    o = c.v.new_empty((*c.q.shape[:3], c.v.shape[3]))
+    dtype = state_dtype(c.v)
+    earlier = own = states_k = states_v = None
+    if c.checkpoint_level < 2:
+        earlier = c.v.new_empty((*c.q.shape[:3], c.s.shape[3]), dtype=dtype)
+        own = c.v.new_empty(c.q.shape[:3], dtype=dtype)
+    if c.checkpoint_level < 1:
+        states_k, states_v = (c.v.new_zeros((c.chunks, *shape[1:]), dtype=dtype) for shape in c.state_shapes)
+    return Kept(o, *empty_states(c, c.output_final_state), earlier, own, states_k, states_v)

@@ -1,4 +1,4 @@
-"""gsa on a CPU, step by step: the recurrent form, and the in-place decode step."""
+"""gsa on a CPU, step by step: the recurrent form, one sequence after the other, and the in-place decode step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from torch import Tensor
 
 from fla_ops import validation as valid
 from fla_ops.common.cpu import pools
-from fla_ops.common.cpu.chunks import runs
 
 from .. import checks
+from ..call import Call, Gradients, Need, Outputs, Step
 from . import abc
-from .chunked import compute_dtype, scale_of
+from .sequences import alone, empty_gradients, empty_states, places
+
+SMALL = 1 << 15  # numbers of the states of one sequence that a sum of elementwise products reads as fast as a product
+States = tuple[Tensor, Tensor]  # [H, K, M] and [H, M, V], updated in place
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Some steps of one call, time first: [T, n * H, width], for the queries [T, n * H, G, width]."""
+    """The steps of one sequence: [T, H, width], for the queries [T, H, G, width]."""
 
     order: range  # in which the recurrence runs
     q: Tensor  # scaled
@@ -27,186 +30,155 @@ class Steps:
     s: Tensor
     decay: Tensor
 
-    def fade(self, t: int, state_k: Tensor, state_v: Tensor) -> None:
-        """Both states decay on entering step t, in place."""
-        state_k.mul_(self.decay[t].unsqueeze(1))
-        state_v.mul_(self.decay[t].unsqueeze(2))
+    def fade(self, t: int, states: States) -> None:
+        """Both states decay on entering step t."""
+        states[0].mul_(self.decay[t].unsqueeze(1))
+        states[1].mul_(self.decay[t].unsqueeze(2))
 
-    def write(self, t: int, state_k: Tensor, state_v: Tensor) -> None:
-        """Both states take in step t, in place."""
-        state_k.addcmul_(self.k[t].unsqueeze(2), self.s[t].unsqueeze(1))
-        state_v.addcmul_(self.s[t].unsqueeze(2), self.v[t].unsqueeze(1))
+    def write(self, t: int, states: States) -> None:
+        """Both states take in step t."""
+        states[0].addcmul_(self.k[t].unsqueeze(2), self.s[t].unsqueeze(1))
+        states[1].addcmul_(self.s[t].unsqueeze(2), self.v[t].unsqueeze(1))
 
 
-def forward(q, k, v, s, g, scale, initial_k, initial_v, output_final_state, reverse, cu_seqlens, cu_seqlens_cpu):
+def forward(c: Call) -> Outputs:
     """Both states, updated in place at every step."""
-    checks.launch(q, k, v, s, g, initial_k, initial_v, cu_seqlens, cu_seqlens_cpu)
-    s, g = abc.gates(s, g, cu_seqlens, reverse)
-    o = v.new_empty((*q.shape[:3], v.shape[3]))
-    finals = []
-    for sequence, start, end in runs(q, cu_seqlens):
-        c = _steps(q, k, v, s, g, scale, reverse, start, end)
-        states = _states(initial_k, initial_v, sequence, q, v, s)
-        outputs = c.v.new_empty((*c.q.shape[:3], v.shape[3]))
-        for t in c.order:
-            c.fade(t, *states)
-            c.write(t, *states)
-            torch.bmm((c.q[t] @ states[0]).softmax(-1), states[1], out=outputs[t])
-        o[:, start:end] = _leave(outputs.flatten(1, 2), o)
-        finals.append(states)
-    return o, *(_joined(finals, v.shape[2]) if output_final_state else (None, None))
+    checks.launch(c)
+    o = c.v.new_empty((*c.q.shape[:3], c.v.shape[3]))
+    final_k, final_v = empty_states(c, c.output_final_state)
+    for at in places(c):
+        x, states = _walk(alone(c, at))
+        outputs = x.v.new_empty((*x.q.shape[:3], x.v.shape[2]))
+        for t in x.order:
+            x.fade(t, states)
+            x.write(t, states)
+            torch.bmm((x.q[t] @ states[0]).softmax(-1), states[1], out=outputs[t])
+        at.of(o).copy_(outputs.flatten(1, 2))
+        if c.output_final_state:
+            final_k[at.n], final_v[at.n] = states
+    return Outputs(o, final_k, final_v)
 
 
-def backward(q, k, v, s, g, initial_k, initial_v, cu_seqlens, do, dfinal_k, dfinal_v, scale, reverse, output_mask):
+def backward(c: Call, d: Outputs, need: Need) -> Gradients:
     """The states run again with time for what is read, their gradients run against it for what is written."""
-    weights, gates = abc.gates(s, g, cu_seqlens, reverse)
-    inputs, wanted = (q, k, v, weights, gates), checks.mask(g, output_mask)
-    grads = [x.new_empty(x.shape) if want else None for x, want in zip(inputs, wanted, strict=False)]
-    dinitials = []
-    for sequence, start, end in runs(q, cu_seqlens):
-        c = _steps(*inputs, scale, reverse, start, end)
-        upstream = _queries_first(do[:, start:end], c.v.dtype, v.shape[2])
-        states = _states(initial_k, initial_v, sequence, q, v, s)
-        dstates = _states(dfinal_k, dfinal_v, sequence, q, v, s)
-        dq, p, dx, reads = _read_gradients(c, upstream, states, dstates)
-        dk, dv, ds, later = _write_gradients(c, upstream, p, dx, dstates)
-        dq *= scale_of(q, scale)
-        along = reads - c.s * later
-        dg = along.cumsum(0) if reverse else along.flip(0).cumsum(0).flip(0)
-        dg.masked_fill_(c.decay == 0, 0)
-        for whole, part in zip(grads, (dq.flatten(1, 2), dk, dv, ds, dg), strict=True):
+    gradients = empty_gradients(c, need)
+    for at in places(c):
+        one = alone(c, at)
+        x, states = _walk(one)
+        dfinal = (None if y is None else y[at.n] for y in (d.final_k, d.final_v))
+        dstates = _states(x, *dfinal)
+        do = _fresh(at.of(d.o), x.q.dtype).unflatten(1, x.q.shape[1:3])
+        dq, p, dx, read = _read_gradients(x, do, states, dstates)
+        dk, dv, ds, later = _write_gradients(x, do, p, dx, dstates)
+        along = read - x.s * later
+        dg = along.cumsum(0) if c.reverse else along.flip(0).cumsum(0).flip(0)
+        dg.masked_fill_(x.decay == 0, 0)
+        if c.g is None and need.s:
+            ds = abc.gradient(one.s, one.g, ds, dg, c.reverse)
+        for whole, part in zip(gradients, ((dq * one.scale).flatten(1, 2), dk, dv, ds, dg), strict=False):
             if whole is not None:
-                whole[:, start:end] = _leave(part, whole)
-        dinitials.append(dstates)
-    dq, dk, dv, ds, dg = grads
-    if g is None:
-        ds, dg = abc.gradient(s, weights, gates, cu_seqlens, ds, dg, reverse), None
-    states = zip(_joined(dinitials, v.shape[2]), (initial_k, initial_v), output_mask[5:], strict=True)
-    return dq, dk, dv, ds, dg, *(x.to(initial.dtype) if want else None for x, initial, want in states)
+                at.of(whole).copy_(part)
+        for whole, part in zip(gradients[5:], dstates, strict=True):
+            if whole is not None:
+                whole[at.n] = part
+    return gradients
 
 
-def _read_gradients(
-    c: Steps, upstream: Tensor, states: tuple[Tensor, Tensor], dfinals: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _read_gradients(x: Steps, do: Tensor, states: States, dfinals: States) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq (without the scale), p, dx, and what each step reads from earlier ones; moves the states to the end.
 
     The last step reads for the final states too.
     """
-    dq, p = torch.empty_like(c.q), c.q.new_empty((*c.q.shape[:3], c.s.shape[2]))
-    dx, reads = torch.empty_like(p), torch.zeros_like(c.s)
-    for t in c.order:
-        c.fade(t, *states)
-        if t == c.order[-1]:
-            reads[t] = (states[0] * dfinals[0]).sum(1) + (states[1] * dfinals[1]).sum(2)
-        earlier, dearlier = c.q[t] @ states[0], upstream[t] @ states[1].mT
-        c.write(t, *states)
-        torch.softmax(c.q[t] @ states[0], -1, out=p[t])
-        pdp = p[t] * (upstream[t] @ states[1].mT)
+    dq, p = torch.empty_like(x.q), x.q.new_empty((*x.q.shape[:3], x.s.shape[2]))
+    dx, read = torch.empty_like(p), torch.zeros_like(x.s)
+    for t in x.order:
+        x.fade(t, states)
+        if t == x.order[-1]:
+            read[t] = (states[0] * dfinals[0]).sum(1) + (states[1] * dfinals[1]).sum(2)
+        earlier, dearlier = x.q[t] @ states[0], do[t] @ states[1].mT
+        x.write(t, states)
+        torch.softmax(x.q[t] @ states[0], -1, out=p[t])
+        pdp = p[t] * (do[t] @ states[1].mT)
         torch.sub(pdp, p[t] * pdp.sum(-1, keepdim=True), out=dx[t])
         torch.bmm(dx[t], states[0].mT, out=dq[t])
-        reads[t] += (p[t] * dearlier).addcmul_(earlier, dx[t]).sum(1)
-    return dq, p, dx, reads
+        read[t] += (p[t] * dearlier).addcmul_(earlier, dx[t]).sum(1)
+    return dq, p, dx, read
 
 
 def _write_gradients(
-    c: Steps, upstream: Tensor, p: Tensor, dx: Tensor, dstates: tuple[Tensor, Tensor]
+    x: Steps, do: Tensor, p: Tensor, dx: Tensor, dstates: States
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dk, dv, ds, and the part of ds from the reads of later steps; moves the states' gradients to the start."""
-    dk, dv, ds, later = (torch.empty_like(x) for x in (c.k, c.v, c.s, c.s))
-    for t in reversed(c.order):
-        if t == c.order[-1]:
+    dk, dv, ds, later = (torch.empty_like(y) for y in (x.k, x.v, x.s, x.s))
+    for t in reversed(x.order):
+        if t == x.order[-1]:
             later[t] = 0
         else:
-            _slot_gradient(c, t, dstates, later[t])
-        dstates[0].baddbmm_(c.q[t].mT, dx[t])
-        dstates[1].baddbmm_(p[t].mT, upstream[t])
-        torch.bmm(dstates[0], c.s[t].unsqueeze(2), out=dk[t].unsqueeze(2))
-        torch.bmm(c.s[t].unsqueeze(1), dstates[1], out=dv[t].unsqueeze(1))
-        _slot_gradient(c, t, dstates, ds[t])
-        c.fade(t, *dstates)
+            _slot_gradient(x, t, dstates, later[t])
+        dstates[0].baddbmm_(x.q[t].mT, dx[t])
+        dstates[1].baddbmm_(p[t].mT, do[t])
+        torch.bmm(dstates[0], x.s[t].unsqueeze(2), out=dk[t].unsqueeze(2))
+        torch.bmm(x.s[t].unsqueeze(1), dstates[1], out=dv[t].unsqueeze(1))
+        _slot_gradient(x, t, dstates, ds[t])
+        x.fade(t, dstates)
     return dk, dv, ds, later
 
 
-def _slot_gradient(c: Steps, t: int, dstates: tuple[Tensor, Tensor], out: Tensor) -> None:
-    torch.bmm(c.k[t].unsqueeze(1), dstates[0], out=out.unsqueeze(1))
-    out.unsqueeze(2).baddbmm_(dstates[1], c.v[t].unsqueeze(2))
+def _slot_gradient(x: Steps, t: int, dstates: States, out: Tensor) -> None:
+    torch.bmm(x.k[t].unsqueeze(1), dstates[0], out=out.unsqueeze(1))
+    out.unsqueeze(2).baddbmm_(dstates[1], x.v[t].unsqueeze(2))
 
 
-def step(q, k, v, s, g, state_k, state_v, scale, slots):
-    """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache."""
-    checks.launch_step(q, k, v, s, g, state_k, state_v, slots)
-    sequences, heads, value_width = v.shape
-    rows = list(range(sequences)) if slots is None else valid.slot_values(slots, len(state_k))
-    dtype = compute_dtype(v)
-    queries = q.to(dtype).unflatten(1, (heads, -1)) * scale_of(q, scale)
-    keys, values, weights = (x.to(dtype) for x in (k, v, s))
-    decay = g.to(dtype).exp()
-    o = values.new_zeros((*queries.shape[:3], value_width))
-    for some, at in pools.blocks(rows, heads * s.shape[2] * (q.shape[2] + value_width)):
-        held_k, held_v = state_k[at], state_v[at]
-        current_k, current_v = held_k.to(dtype), held_v.to(dtype)
-        current_k.mul_(decay[some].unsqueeze(-2)).addcmul_(keys[some].unsqueeze(-1), weights[some].unsqueeze(-2))
-        current_v.mul_(decay[some].unsqueeze(-1)).addcmul_(weights[some].unsqueeze(-1), values[some].unsqueeze(-2))
-        o[some] = torch.matmul(torch.matmul(queries[some], current_k).softmax(-1), current_v)
-        pools.update(state_k, at, held_k, current_k)
-        pools.update(state_v, at, held_v, current_v)
-    return o.flatten(1, 2).to(v.dtype)
+def _walk(one: Call) -> tuple[Steps, States]:
+    """The steps of one sequence (see `sequences.alone`) and the states before them, in the dtype of the computation."""
+    dtype, order = valid.state_dtype(one.v), range(len(one.q))[:: -1 if one.reverse else 1]
+    q, k, v, s, g = (_fresh(x, dtype) for x in one[:5])
+    x = Steps(order, q.unflatten(1, (k.shape[1], -1)).mul_(one.scale), k, v, s, g.exp_())
+    return x, _states(x, one.initial_k, one.initial_v)
 
 
-def _time_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, T, heads, D] to [T, n * heads, D]."""
-    return x.transpose(0, 1).to(dtype).flatten(1, 2).contiguous()
+def _fresh(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory of its own: how a product rounds may depend on where its operands lie."""
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _queries_first(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
-    """[n, T, H * G, D] to [T, n * H, G, D]."""
-    return x.transpose(0, 1).to(dtype).unflatten(2, (heads, -1)).flatten(1, 2).contiguous()
-
-
-def _steps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    g: Tensor,
-    scale: float | None,
-    reverse: bool,
-    start: int,
-    end: int,
-) -> Steps:
-    """The steps from start to end."""
-    dtype, time = compute_dtype(v), end - start
-    q, k, v, s, g = (x[:, start:end] for x in (q, k, v, s, g))
-    return Steps(
-        range(time - 1, -1, -1) if reverse else range(time),
-        _queries_first(q, dtype, v.shape[2]) * scale_of(q, scale),
-        *(_time_first(x, dtype) for x in (k, v, s)),
-        _time_first(g, dtype).exp(),
+def _states(x: Steps, state_k: Tensor | None, state_v: Tensor | None) -> States:
+    """Fresh states in the dtype of the computation; zeros where none is given."""
+    (heads, key), slots, value = x.k.shape[1:], x.s.shape[2], x.v.shape[2]
+    first, second = (
+        x.k.new_zeros(shape) if state is None else x.k.new_empty(shape).copy_(state)
+        for state, shape in ((state_k, (heads, key, slots)), (state_v, (heads, slots, value)))
     )
-
-
-def _states(
-    state_k: Tensor | None, state_v: Tensor | None, sequence: slice, q: Tensor, v: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fresh [n * H, K, M] and [n * H, M, V] in the carried dtype; zeros where there is none."""
-    dtype, heads = compute_dtype(v), v.shape[2]
-    count, key, value, slots = sequence.stop - sequence.start, q.shape[3], v.shape[3], s.shape[3]
-    fresh = []
-    for state, widths in ((state_k, (key, slots)), (state_v, (slots, value))):
-        if state is None:
-            fresh.append(v.new_zeros((count * heads, *widths), dtype=dtype))
-        else:
-            rows = state[sequence].flatten(0, 1)
-            fresh.append(rows.to(dtype, copy=True, memory_format=torch.contiguous_format))
-    return fresh[0], fresh[1]
-
-
-def _joined(states: list[tuple[Tensor, Tensor]], heads: int) -> tuple[Tensor, Tensor]:
-    """The states of all sequences, [N, H, K, M] and [N, H, M, V]."""
-    first, second = (torch.cat([pair[i] for pair in states]).unflatten(0, (-1, heads)) for i in (0, 1))
     return first, second
 
 
-def _leave(steps: Tensor, like: Tensor) -> Tensor:
-    """[T, n * heads, D] to [n, T, heads, D] as in `like`."""
-    return steps.unflatten(1, (like.shape[0], like.shape[2])).transpose(0, 1)
+def step(c: Step) -> Tensor:
+    """One step for N sequences, rows of both pools updated in place, block by block while these are in the cache."""
+    checks.launch_step(c)
+    (sequences, heads, value), (key, slots) = c.v.shape, c.state_k.shape[2:]
+    rows = list(range(sequences)) if c.slots is None else valid.slot_values(c.slots, len(c.state_k))
+    dtype = valid.state_dtype(c.v)
+    q = c.q.to(dtype).reshape(sequences, heads, -1, key) * c.factor
+    k, v, s, decay = c.k.to(dtype), c.v.to(dtype), c.s.to(dtype), c.g.to(dtype).exp()
+    o = v.new_zeros((*q.shape[:3], value))
+    for some, at in pools.blocks(rows, heads * slots * (key + value)):
+        queries, keys, values, written, kept = (x[some] for x in (q, k, v, s, decay))
+        held = c.state_k[at]
+        state = held.to(dtype).mul_(kept.unsqueeze(2)).addcmul_(keys.unsqueeze(3), written.unsqueeze(2))
+        p = _read(queries, state).softmax(3)
+        pools.update(c.state_k, at, held, state)
+        held = c.state_v[at]
+        state = held.to(dtype).mul_(kept.unsqueeze(3)).addcmul_(written.unsqueeze(3), values.unsqueeze(2))
+        o[some] = _read(p, state)
+        pools.update(c.state_v, at, held, state)
+    return o.reshape(sequences, -1, value).to(c.v.dtype)
+
+
+def _read(x: Tensor, states: Tensor) -> Tensor:
+    """x [n, H, G, U] times the states [n, H, U, W], without a product that spans sequences (see sequences.py)."""
+    if x.shape[2] * states[0].numel() <= SMALL:
+        return (x.unsqueeze(4) * states.unsqueeze(2)).sum(3)
+    y = x.new_empty((*x.shape[:3], states.shape[3]))
+    for one, state, out in zip(x.unbind(), states.unbind(), y.unbind(), strict=True):
+        torch.bmm(one, state, out=out)
+    return y

@@ -1,236 +1,211 @@
-"""The chunkwise form of gsa as ATen calls, forward and backward.
+"""The chunkwise form of one sequence as ATen calls, forward and backward.
 
-Both passes are gated linear attention with a gate of its own for each slot m; P_im - P_jm sums g over the steps after j
-up to i, A and C are the states before the chunk:
+Both passes are gated linear attention with a gate of its own for each memory slot m; P_im - P_jm sums g over the steps
+after j up to i, A and C are the states before the chunk:
 
-    x_im = sum_{j <= i} (q_i . k_j) exp(P_im - P_jm) s_jm + exp(P_im) (A^T q_i)_m        (q already scaled)
+    x_im = sum_{j <= i} (q_i . k_j) exp(P_im - P_jm) s_jm + exp(P_im) (A^T q_i)_m        value-gated; q already scaled
     p    = softmax(x)
-    o_i  = sum_{j <= i} (sum_m p_im exp(P_im - P_jm) s_jm) v_j + C^T (exp(P_i) p_i)
+    o_i  = sum_{j <= i} (sum_m p_im exp(P_im - P_jm) s_jm) v_j + C^T (exp(P_i) p_i)      key-gated
 
-In the first the gate is on what comes out ("spread"), in the second on what is summed over ("contract"). Tensors are
-[rows, lanes, H, C, width], those of the queries [rows, lanes, H, C * G, width]: the G query heads of a group lie next
+Tensors are [chunks, H, C, width], those of the queries [chunks, H, C * G, width]: the G query heads of a group lie next
 to each other in every step, so they are more rows of the same product, and sums over them need no step of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fla_ops.validation import state_dtype
+
+from ..call import Call, Gradients, Kept, Need, Outputs
 from .slot_decay import (
-    ChannelDecay,
-    Writers,
-    channel_decay,
-    contract,
-    own_scores,
-    readers,
-    spread,
-    spread_back,
-    spread_back_own,
-    spread_own,
-    writers,
+    Halves,
+    SlotDecay,
+    diagonal,
+    diagonal_part,
+    diagonal_part_transposed,
+    earlier_halves,
+    key_gated_scores,
+    later_halves,
+    slot_decay,
+    value_gated,
+    value_gated_transposed,
 )
-
-Gradients = tuple[Tensor | None, ...]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: half-precision inputs are converted once, while they are cut into chunks."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def scale_of(q: Tensor, scale: float | None) -> float:
-    """K ** -0.5 unless given."""
-    return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """One call in chunks."""
+class Chunks:
+    """The call of one sequence, in chunks."""
 
-    layout: Any
-    dtype: torch.dtype
     q: Tensor  # scaled
     k: Tensor
     v: Tensor
-    s: Writers
-    decay: ChannelDecay
+    s: Halves
+    decay: SlotDecay
+    factor: float  # the scale inside q
 
     @property
-    def written(self) -> Tensor:
-        """Slots' weights as they enter the outgoing states."""
+    def size(self) -> int:
+        """C, the steps of a chunk."""
+        return self.k.shape[2]
+
+    @property
+    def carried(self) -> Tensor:
+        """The weights of the memory slots, decayed to the chunk's end, where they enter the states."""
         return self.s.whole * self.decay.to_end
 
+    def key_states(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A before each chunk, and the final one."""
+        return scan(self.k.mT @ self.carried, self.decay.total, initial)
 
-def cut(layout: Any, q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, scale: float | None) -> Inputs:
-    """The call's tensors in chunks."""
-    dtype, heads = compute_dtype(v), k.shape[2]
-    decay = channel_decay(layout.split(g, dtype))
-    return Inputs(
-        layout,
-        dtype,
-        split_group(layout, q, heads, dtype).mul_(scale_of(q, scale)),
-        layout.split(k, dtype),
-        layout.split(v, dtype),
-        writers(layout.split(s, dtype), decay),
-        decay,
-    )
+    def value_states(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """C before each chunk, and the final one."""
+        return scan(self.carried.mT @ self.v, self.decay.total.mT, initial)
+
+    def earlier(self, scores: Tensor, states: Tensor) -> Tensor:
+        """The strictly causal part of the softmax's argument, from scores q k^T."""
+        x = value_gated(scores, self.s, self.decay)
+        return x.addcmul_(self.q @ states, per_query(self.decay.from_start, x))
 
 
-def split_group(layout: Any, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H * G, D] to [rows, lanes, H, C * G, D]."""
-    width = x.shape[3]
-    chunks = layout.split(x.unflatten(2, (heads, -1)).flatten(3), dtype)
-    return chunks.unflatten(-1, (-1, width)).flatten(3, 4)
+def in_chunks(c: Call) -> Chunks:
+    """The call of one sequence, as `sequences.alone` gives it; where there are few steps, chunks are small."""
+    dtype, heads = state_dtype(c.v), c.v.shape[1]
+    size = min(c.chunk_steps, 1 << (len(c.q) - 1).bit_length())
+    q, k, v, s, g = (to_chunks(x, heads, size, dtype) for x in c[:5])
+    decay = slot_decay(g)
+    return Chunks(q.mul_(c.scale), k, v, earlier_halves(s, decay), decay, c.scale)
 
 
-def join_group(layout: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of split_group."""
-    steps = x.unflatten(3, (layout.size, -1)).flatten(4, 5)
-    return layout.join(steps, dtype).unflatten(-1, (-1, x.shape[-1])).flatten(2, 3)
+def forward(x: Chunks, initial_k: Tensor | None, initial_v: Tensor | None) -> Kept:
+    """What chunk_gsa_forward returns, in chunks."""
+    states_k, final_k = x.key_states(initial_k)
+    states_v, final_v = x.value_states(initial_v)
+    scores = x.q @ x.k.mT
+    earlier, own = x.earlier(scores, states_k), diagonal(scores)
+    p = (earlier + diagonal_part(own, x.s.whole)).softmax(-1)
+    o = key_gated_scores(later_halves(p, x.decay), x.s) @ x.v
+    add_product_(o, p * per_query(x.decay.from_start, p), states_v)
+    return Kept(o, final_k, final_v, earlier, own, states_k, states_v)
 
 
-def first_pass(c: Inputs, scores: Tensor, states: Tensor) -> Tensor:
-    """What each query reads from the steps before its own, from the scores q k^T."""
-    earlier = spread(scores, c.s, c.decay)
-    return add_product_(earlier, c.q, states, under(c.decay.from_start, earlier))
+def backward(x: Chunks, d: Outputs, need: Need, saved: Kept) -> Gradients:
+    """The gradients that are needed, in chunks where they have steps. `saved` has the states and maybe `earlier`."""
+    dq = dk = dv = ds = dg = dinitial_k = dinitial_v = None
+    states_k, states_v, do = saved.states_k, saved.states_v, d.o
+    slots_needed = need.s or need.g
+    scores = x.q @ x.k.mT
+    earlier = x.earlier(scores, states_k) if saved.earlier is None else saved.earlier
+    p = (earlier + diagonal_part(diagonal(scores), x.s.whole)).softmax(-1)
+    from_start = per_query(x.decay.from_start, p)
+    if need.v or slots_needed or need.initial_v:
+        dstates_v, dinitial_v = scan((p * from_start).mT @ do, x.decay.total.mT, d.final_v, reverse=True)
+    if need.v or slots_needed:
+        queries_v = later_halves(p, x.decay)
+    if need.v:
+        dv = key_gated_scores(queries_v, x.s).mT @ do
+        add_product_(dv, x.carried, dstates_v)
+    if not (need.q or need.k or slots_needed or need.initial_k):
+        return Gradients(dq, dk, dv, ds, dg, dinitial_k, dinitial_v)
 
-
-def second_pass(c: Inputs, p: Tensor, states: Tensor) -> Tensor:
-    """The output o, from the softmax p."""
-    o = contract(readers(p, c.decay), c.s) @ c.v
-    return add_product_(o, p * under(c.decay.from_start, p), states)
-
-
-def key_states(c: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A before each row, and the final one."""
-    updates = c.k.mT @ c.written
-    states, final = c.layout.scan(updates, c.decay.total, entering(initial, c.dtype))
-    return states, final
-
-
-def value_states(c: Inputs, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-    """C before each row, and the final one."""
-    updates = c.written.mT @ c.v
-    states, final = c.layout.scan(updates, c.decay.total.mT, entering(initial, c.dtype))
-    return states, final
-
-
-def forward(
-    c: Inputs, initial_k: Tensor | None, initial_v: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, `earlier` and `own` in chunks, the states before each row, the final states.
-
-    The argument of the softmax is kept as what comes from earlier steps and the weight of a step's own slots.
-    """
-    states_k, final_k = key_states(c, initial_k)
-    states_v, final_v = value_states(c, initial_v)
-    scores = c.q @ c.k.mT
-    earlier = first_pass(c, scores, states_k)
-    own = own_scores(scores)
-    p = (earlier + spread_own(own, c.s)).softmax(-1)
-    return second_pass(c, p, states_v), earlier, own, states_k, states_v, final_k, final_v
-
-
-def backward(
-    c: Inputs,
-    earlier: Tensor | None,
-    states_k: Tensor,
-    states_v: Tensor,
-    do: Tensor,
-    dfinal_k: Tensor | None,
-    dfinal_v: Tensor | None,
-    factor: float,
-    output_mask: list[bool],
-) -> Gradients:
-    """Gradients in chunks of q, k, v, s and g, and those of the initial states; `factor` is the scale inside c.q."""
-    need_q, need_k, need_v, need_s, need_g, need_first, need_second = output_mask
-    written = need_s or need_g
-    dq = dk = dv = ds = dg = dstates_k = dstates_v = dinitial_k = dinitial_v = None
-    scores = c.q @ c.k.mT
-    earlier = first_pass(c, scores, states_k) if earlier is None else earlier
-    p = (earlier + spread_own(own_scores(scores), c.s)).softmax(-1)
-    enter = under(c.decay.from_start, p)
-    if need_v or written or need_second:
-        updates = (p * enter).mT @ do
-        dstates_v, dinitial_v = c.layout.scan(updates, c.decay.total.mT, entering(dfinal_v, c.dtype), reverse=True)
-    if need_v or written:
-        reads_v = readers(p, c.decay)
-    if need_v:
-        dv = contract(reads_v, c.s).mT @ do
-        add_product_(dv, c.written, dstates_v)
-    if not (need_q or need_k or written or need_first):
-        return dq, dk, dv, ds, dg, dinitial_k, dinitial_v
-
-    dproducts = do @ c.v.mT
-    dearlier = add_product_(spread(dproducts, c.s, c.decay), do, states_v.mT, enter)
-    dp = dearlier + spread_own(own_scores(dproducts), c.s)
+    dscores = do @ x.v.mT
+    dearlier = value_gated(dscores, x.s, x.decay).addcmul_(do @ states_v.mT, from_start)
+    dp = dearlier + diagonal_part(diagonal(dscores), x.s.whole)
     dx = p * (dp - (p * dp).sum(-1, keepdim=True))
-    if need_k or written or need_first:
-        updates = c.q.mT @ (dx * enter)
-        dstates_k, dinitial_k = c.layout.scan(updates, c.decay.total, entering(dfinal_k, c.dtype), reverse=True)
-    if need_q or need_k or written:
-        reads_k = readers(dx, c.decay)
-    if need_q or need_k:
-        dscores = contract(reads_k, c.s)
-        if need_q:
-            dq = add_product_(dscores @ c.k, dx * enter, states_k.mT).mul_(factor)
-        if need_k:
-            dk = add_product_(dscores.mT @ c.q, c.written, dstates_k.mT)
-    if written:
-        across = c.v @ dstates_v.mT
-        across.add_(c.k @ dstates_k).mul_(c.decay.to_end)
-        ds = spread_back(dproducts, reads_v, c.decay) + spread_back(scores, reads_k, c.decay)
-    if need_g:
-        reads = (p * dearlier).addcmul_(earlier, dx)
-        dg = gate_gradient(c, reads, ds, across, (states_k, states_v), (dstates_k, dstates_v))
-    if need_s:
+    if need.k or slots_needed or need.initial_k:
+        dstates_k, dinitial_k = scan(x.q.mT @ (dx * from_start), x.decay.total, d.final_k, reverse=True)
+    if need.q or need.k or slots_needed:
+        queries_k = later_halves(dx, x.decay)
+    if need.q or need.k:
+        gated = key_gated_scores(queries_k, x.s)
+        if need.q:
+            dq = add_product_(gated @ x.k, dx * from_start, states_k.mT).mul_(x.factor)
+        if need.k:
+            dk = add_product_(gated.mT @ x.q, x.carried, dstates_k.mT)
+    if slots_needed:
+        across = (x.v @ dstates_v.mT).add_(x.k @ dstates_k).mul_(x.decay.to_end)
+        ds = value_gated_transposed(dscores, queries_v, x.decay) + value_gated_transposed(scores, queries_k, x.decay)
+    if need.g:
+        read = (p * dearlier).addcmul_(earlier, dx).unflatten(2, (x.size, -1)).sum(3)
+        carried = (states_k * dstates_k).sum(-2) + (states_v * dstates_v).sum(-1)
+        dg = gate_gradient(x, read - x.s.whole * ds, x.s.whole * across, carried)
+    if need.s:
         ds += across
-        ds += spread_back_own(own_scores(dproducts), reads_v)
-        ds += spread_back_own(own_scores(scores), reads_k)
-    return dq, dk, dv, ds if need_s else None, dg, dinitial_k, dinitial_v
+        ds += diagonal_part_transposed(diagonal(dscores), p)
+        ds += diagonal_part_transposed(diagonal(scores), dx)
+    return Gradients(dq, dk, dv, ds, dg, dinitial_k, dinitial_v)
 
 
-def gate_gradient(
-    c: Inputs,
-    reads: Tensor,
-    ds: Tensor,
-    across: Tensor,
-    states: tuple[Tensor, Tensor],
-    dstates: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The gradient of g, all that passes from before a step to it or past it, without leaving the chunk.
+def gate_gradient(x: Chunks, inside: Tensor, across: Tensor, carried: Tensor) -> Tensor:
+    """The gradient of g: of all that passes from before a step to it or past it, without leaving the chunk.
 
-    Between two steps of the chunk: what a step reads from earlier ones (`reads`, p dp + x dx), less what later ones
-    read from it (s ds), summed to the end. Past the end: what the steps before write to the outgoing states (s across),
-    summed from the start, and what the incoming states leave there.
+        dg_t = sum_{i >= t} inside_i + sum_{j < t} across_j + exp(P_C) carried
+
+    `inside` is what a step reads from earlier ones less what later ones read from it, p dp + x dx - s ds; `across` is
+    what a step writes to the outgoing states, s ds; `carried` is what the incoming states leave there,
+    <A, dA> + <C, dC>.
     """
-    inside = reads.unflatten(3, (c.layout.size, -1)).sum(4) - c.s.whole * ds
     dg = inside.flip(-2).cumsum(-2).flip(-2)
-    dg[..., 1:, :] += (c.s.whole * across)[..., :-1, :].cumsum(-2)
-    carried = (states[0] * dstates[0]).sum(-2) + (states[1] * dstates[1]).sum(-1)
-    dg += carried.unsqueeze(-2) * c.decay.total
-    return dg.mul_(c.decay.alive)
+    dg[..., 1:, :] += across[..., :-1, :].cumsum(-2)
+    dg += carried.unsqueeze(-2) * x.decay.total
+    return dg.mul_(x.decay.alive)
 
 
-def entering(state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A state in the dtype in which it is carried."""
-    return None if state is None else state.to(dtype)
+def scan(updates: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """S <- decay * S + update from chunk to chunk: S before each chunk [chunks, ...], and the last S.
+
+    With reverse=True the chunks run backwards, and "before" a chunk is what comes from the one after it.
+    """
+    states, final = torch.empty_like(updates), updates.new_empty(updates.shape[1:])
+    order = range(len(updates))[:: -1 if reverse else 1]
+    before = [*(states[i] for i in order), final]
+    if initial is None:
+        before[0].zero_()
+    else:
+        before[0].copy_(initial)
+    for step, i in enumerate(order):
+        torch.addcmul(updates[i], decay[i], before[step], out=before[step + 1])
+    return states, final
 
 
-def under(factor: Tensor, like: Tensor) -> Tensor:
-    """Factors [..., C, M] for the rows of `like` [..., C * G, M]."""
-    group = like.shape[-2] // factor.shape[-2]
+def per_query(factor: Tensor, queries: Tensor) -> Tensor:
+    """Factors [..., C, M] repeated for each query head of a group, as in queries [..., C * G, M]."""
+    group = queries.shape[-2] // factor.shape[-2]
     return factor if group == 1 else factor.repeat_interleave(group, -2)
 
 
-def add_product_(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> Tensor:
-    """out += factor * (a @ b), in place."""
-    if factor is not None:
-        return out.addcmul_(a @ b, factor)
-    flat = out.view(-1, *out.shape[-2:])
-    flat.baddbmm_(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]))
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b, in place."""
+    out.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
     return out
+
+
+def to_chunks(x: Tensor, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+    """[T, heads * G, D] to [chunks, heads, size * G, D]; steps past the last are zeros."""
+    time, all_heads, width = x.shape
+    chunks = x.new_empty((-(-time // size), heads, size, all_heads // heads, width), dtype=dtype)
+    chunks[time // size :] = 0
+    for part, steps in _pieces(chunks, x):
+        part.copy_(steps)
+    return chunks.flatten(2, 3)
+
+
+def from_chunks(chunks: Tensor, size: int, out: Tensor) -> Tensor:
+    """Fill out [T, heads * G, D] from [chunks, heads, size * G, D]."""
+    for part, steps in _pieces(chunks.unflatten(2, (size, -1)), out):
+        steps.copy_(part)
+    return out
+
+
+def _pieces(chunks: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of [chunks, heads, C, G, D] and of [T, heads * G, D] over the same elements: the whole chunks, the rest."""
+    _, heads, size, group, _ = chunks.shape
+    whole, tail = divmod(len(x), size)
+    steps = x.unflatten(1, (heads, group))
+    yield chunks[:whole], steps[: whole * size].unflatten(0, (whole, size)).transpose(1, 2)
+    if tail:
+        yield chunks[-1, :, :tail], steps[whole * size :].transpose(0, 1)

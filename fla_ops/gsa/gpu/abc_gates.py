@@ -16,6 +16,8 @@ from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.tiles import load_rows, split_program, store_rows
 
+from ..call import Call, Gradients, Need
+
 
 @triton.jit
 def log_add(a, b):
@@ -112,36 +114,32 @@ def slot_gates_gradient_kernel(
         past = tl.sum(tl.where(row == (BT - 1 if REVERSE else 0), sums, 0.0), 0)
 
 
-def slot_gates(s: Tensor, cu_seqlens: Tensor | None, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights and log decays of s [B, T, H, M], float32."""
-    weights, g = (torch.empty(s.shape, dtype=torch.float32, device=s.device) for _ in range(2))
-    _run("slot_gates", slot_gates_kernel, s, weights, g, cu_seqlens=cu_seqlens, reverse=reverse)
-    return weights, g
+def with_gates(c: Call) -> Call:
+    """The call itself, or where it has no g, one with the weights and log decays of ABC in float32 as its s and g."""
+    if c.g is not None:
+        return c
+    weights, g = (torch.empty(c.s.shape, dtype=torch.float32, device=c.s.device) for _ in range(2))
+    _run("slot_gates", slot_gates_kernel, c, c.s, weights, g)
+    return c._replace(s=weights, g=g)
 
 
-def slot_gates_gradient(
-    weights: Tensor,
-    g: Tensor,
-    cu_seqlens: Tensor | None,
-    dweights: Tensor,
-    dg: Tensor,
-    dtype: torch.dtype,
-    reverse: bool = False,
-) -> Tensor:
-    """The gradient of s in `dtype`, from those of the weights and the log decays."""
-    ds = torch.empty(g.shape, dtype=dtype, device=g.device)
-    given = (weights, g, dweights, dg, ds)
-    _run("slot_gates_gradient", slot_gates_gradient_kernel, *given, cu_seqlens=cu_seqlens, reverse=reverse)
-    return ds
+def of_inputs(given: Call, c: Call, need: Need, found: Gradients) -> Gradients:
+    """The gradients of the `given` call's inputs, from those of the call `c` that `with_gates` made of it."""
+    if given.g is not None or not need.s:
+        return found
+    ds = torch.empty_like(given.s)
+    _run("slot_gates_gradient", slot_gates_gradient_kernel, c, c.s, c.g, found.s, found.g, ds)
+    return found._replace(s=ds, g=None)
 
 
-def _run(name: str, kernel: object, *tensors: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> None:
-    batch, time, heads, slots = tensors[0].shape
+def _run(name: str, kernel: object, c: Call, *tensors: Tensor) -> None:
+    """Launch a kernel over the sequences, heads and blocks of memory slots of a call."""
+    heads, slots = c.s.shape[2:]
     entry = launch.entry(name, tensors[0], slots, slots)
     slot_block = launch.block(entry["BM"], slots)
     launch.run(
         kernel,
-        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(slots, slot_block),
-        *tensors, cu_seqlens, time,
-        H=heads, M=slots, BT=entry["BT"], BM=slot_block, REVERSE=reverse, **launch.options(entry),
+        c.sequences * heads * triton.cdiv(slots, slot_block),
+        *tensors, c.cu_seqlens, c.s.shape[1],
+        H=heads, M=slots, BT=entry["BT"], BM=slot_block, REVERSE=bool(c.reverse), **launch.options(entry),
     )

@@ -1,16 +1,18 @@
 """Gradients of the chunk form: what the forward pass did not keep is computed again, then its two products run with
 other roles.
 
-    dp_i = sum_j (do_i . v_j) W_ij s_j + exp(P_i) C do_i               spread, from (do, v, s, C^T)
-    dq_i = sum_j (sum_m dx_im W_ijm s_jm) k_j + A (exp(P_i) dx_i)      contract, from (dx, s, k, A)
-    dv_j = sum_i (sum_m s_jm W_ijm p_im) do_i + dC^T (b_j s_j)         contract in reverse, summed over the group
-    dk_j = sum_i (sum_m s_jm W_ijm dx_im) q_i + dA (b_j s_j)           contract in reverse, summed over the group
+    dp_i = sum_j (do_i . v_j) W_ij s_j + exp(P_i) C do_i               value-gated, from (do, v, s, C^T)
+    dq_i = sum_j (sum_m dx_im W_ijm s_jm) k_j + A (exp(P_i) dx_i)      key-gated, from (dx, s, k, A)
+    dv_j = sum_i (sum_m s_jm W_ijm p_im) do_i + dC^T (b_j s_j)         key-gated in reverse, summed over the group
+    dk_j = sum_i (sum_m s_jm W_ijm dx_im) q_i + dA (b_j s_j)           key-gated in reverse, summed over the group
     ds_j = sum_i (v_j . do_i) W_ij p_i + b_j dC v_j + sum_i (k_j . q_i) W_ij dx_i + b_j dA^T k_j
 
-with b_j the decay from step j to the chunk's end and the scale in dx. dg_t gathers what passes the gate of step t.
-Inside the chunk: what the steps from t on read from earlier ones, p dp + x dx without the term of the step itself,
-less what later steps read from them, s ds likewise. Past its end: s_j times what step j < t gives to the next state's
-gradient, and d <A, dA> + d <C, dC>. Nothing accumulates along the sequence.
+with b_j the decay from step j to the chunk's end and the scale in dx. Let x', dp' and ds' be these sums without the
+term i = j, y_j what step j gives to the next states, b_j (dC v_j + dA^T k_j), and d the decay of the whole chunk:
+
+    dg_t = sum_{i >= t} (p_i dp'_i + x'_i dx_i - s_i ds'_i) + sum_{j < t} s_j y_j + d (<A, dA> + <C, dC>)
+
+Nothing accumulates along the sequence.
 """
 
 from __future__ import annotations
@@ -21,15 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import contiguous, scale_of
-from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
+from fla_ops.common.gpu.arguments import contiguous
+from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.tiles import load_rows, split_program, state_tile, store_rows
 
-from .. import checks
-from .abc_gates import slot_gates, slot_gates_gradient
+from ..call import Call, Gradients, Kept, Need, Outputs
+from .abc_gates import of_inputs, with_gates
+from .chunks import Chunks, chunks_of
 from .levels import diagonal, load_log_decays, spread_levels, sum_before, to_end
-from .products import across_chunks, contract, levels, scores_of, sequences_in, spread
+from .products import across_chunks, key_gated, scores_of, value_gated
 from .softmax_gradient import softmax_gradient
 from .states import channel_states
 
@@ -103,73 +105,60 @@ def slot_gradient_kernel(
         store_rows(dg + head * M, dlog_decay, first, steps, slot, H, M, BT, BM)
 
 
-def backward(
-    q, k, v, s, g, initial_k, initial_v, cu_seqlens, earlier, own, states_k, states_v, do, dfinal_k, dfinal_v, scale,
-    chunk_size, output_mask,
-):
-    """The gradients that output_mask asks for (q, k, v, s, g and the states), each in its input's dtype."""
-    slots, wanted, gated = s, checks.mask(g, output_mask), g is not None
-    q, k, v, s, g, do, cu_seqlens = contiguous(q, k, v, s, g, do, cu_seqlens)
-    initial_k, initial_v, dfinal_k, dfinal_v = contiguous(initial_k, initial_v, dfinal_k, dfinal_v)
-    s, g = (s, g) if gated else slot_gates(s, cu_seqlens)
-    need_q, need_k, need_v, need_s, need_g, need_first, need_second = wanted
-    scale, index = scale_of(q, scale), chunk_index.build(*q.shape[:2], cu_seqlens, checks.chunk_steps(q, chunk_size))
+def backward(c: Call, d: Outputs, need: Need, saved: Kept) -> Gradients:
+    """The gradients that are needed, each in its input's dtype."""
+    inside, given, d = need.of_gates(c.g), contiguous(c), contiguous(d)
+    c = with_gates(given)
+    q, k, v, s = c[:4]
+    chunks = chunks_of(c)
+    earlier, own, states_k, states_v = saved[3:]
     if states_k is None:
-        states_k = channel_states(index, k, s, g, initial_k, None, cu_seqlens, False)
-        states_v = channel_states(index, v, s, g, initial_v, None, cu_seqlens, True)
+        states_k = channel_states(chunks, k, s, c.initial_k, None, transposed=False)
+        states_v = channel_states(chunks, v, s, c.initial_v, None, transposed=True)
     if earlier is None:
-        earlier, own = spread(index, q, k, s, g, states_k, cu_seqlens, False, scale)
-    dearlier, down = spread(index, do, v, s, g, states_v, cu_seqlens, True)
-    p, dx, reads = softmax_gradient(earlier, own, dearlier, down, s, scale, need_g)
+        earlier, own = value_gated(chunks, q, k, s, states_k, transposed=False, scale=c.factor)
+    dearlier, down = value_gated(chunks, d.o, v, s, states_v, transposed=True)
+    p, dx, reads = softmax_gradient((earlier, own), (dearlier, down), s, c.factor, inside.g)
 
-    ds = torch.empty_like(s) if need_s else None
-    dg = torch.empty_like(g) if need_g else None
-    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in ((q, need_q), (k, need_k), (v, need_v)))
-    dinitial_k = torch.empty_like(initial_k) if need_first else None
-    dinitial_v = torch.empty_like(initial_v) if need_second else None
-    written = need_s or need_g
+    found = Gradients._make(torch.empty_like(getattr(c, x)) if getattr(inside, x) else None for x in need._fields)
+    slots_needed = inside.s or inside.g
     dstates_k = dstates_v = None
-    if need_k or written or need_first:
-        dstates_k = channel_states(
-            index, q, dx, g, dfinal_k, dinitial_k, cu_seqlens, False, reverse=True, keep=need_k or written
-        )
-    if need_v or written or need_second:
-        dstates_v = channel_states(
-            index, do, p, g, dfinal_v, dinitial_v, cu_seqlens, True, reverse=True, keep=need_v or written
-        )
-    if need_q:
-        contract(index, dx, s, k, g, states_k, cu_seqlens, False, dq)
-    if need_k:
-        contract(index, s, dx, q, g, dstates_k, cu_seqlens, False, dk, reverse=True)
-    if need_v:
-        contract(index, s, p, do, g, dstates_v, cu_seqlens, True, dv, reverse=True)
-    if written:
+    if need.k or slots_needed or need.initial_k:
+        keep = need.k or slots_needed
+        dstates_k = channel_states(chunks, q, dx, d.final_k, found.initial_k, False, reverse=True, keep=keep)
+    if need.v or slots_needed or need.initial_v:
+        keep = need.v or slots_needed
+        dstates_v = channel_states(chunks, d.o, p, d.final_v, found.initial_v, True, reverse=True, keep=keep)
+    if need.q:
+        key_gated(chunks, dx, s, k, states_k, transposed=False, y=found.q)
+    if need.k:
+        key_gated(chunks, s, dx, q, dstates_k, transposed=False, y=found.k, reverse=True)
+    if need.v:
+        key_gated(chunks, s, p, d.o, dstates_v, transposed=True, y=found.v, reverse=True)
+    if slots_needed:
         states = (states_k, dstates_k, states_v, dstates_v)
-        slot_gradient(index, (q, k, v, s, g, do, p, dx, reads), states, ds, dg, cu_seqlens)
-    if not gated:
-        ds, dg = slot_gates_gradient(s, g, cu_seqlens, ds, dg, slots.dtype) if need_s else None, None
-    return dq, dk, dv, ds, dg, dinitial_k, dinitial_v
+        slot_gradient(chunks, (q, k, v, s, c.g, d.o, p, dx, reads), states, found.s, found.g)
+    return of_inputs(given, c, need, found)
 
 
 def slot_gradient(
-    index: ChunkIndex,
+    chunks: Chunks,
     activations: tuple[Tensor | None, ...],
     states: tuple[Tensor | None, ...],
     ds: Tensor | None,
     dg: Tensor | None,
-    cu_seqlens: Tensor | None,
 ) -> None:
-    """Fills ds and dg [B, T, H, M], where given, from q, k, v, s, g, do, p, dx and reads."""
-    q, k, v, s = activations[:4]
-    heads, slots = s.shape[2:]
+    """Fill ds and dg [B, T, H, M], where given, from q, k, v, s, g, do, p, dx and reads."""
+    q, k, v = activations[:3]
+    (_, time, heads, slots), index = chunks.g.shape, chunks.index
     widest = max(k.shape[3], v.shape[3])
     entry = launch.entry("slot_gradient", q, widest, slots)
     width_block, slot_block = launch.block(entry["BU"], widest), launch.block(entry["BM"], slots)
     launch.run(
         slot_gradient_kernel,
         index.rows * heads * triton.cdiv(slots, slot_block),
-        *activations, *states, ds, dg, cu_seqlens, index.sequence, index.ends, q.shape[1], sequences_in(cu_seqlens),
+        *activations, *states, ds, dg, chunks.cu_seqlens, index.sequence, index.ends, time, chunks.packed,
         H=heads, GROUP=q.shape[2] // heads, K=k.shape[3], V=v.shape[3], M=slots,
-        BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
+        BT=index.size, BU=width_block, BM=slot_block, LEVELS=chunks.levels,
         PRECISION=launch.precision(entry), **launch.options(entry),
     )

@@ -7,12 +7,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu.arguments import contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.tiles import split_program, store_back
 
 from .. import checks
+from ..call import Step
 
 
 @triton.jit
@@ -97,23 +99,23 @@ def gsa_decoding_kernel(
         tl.store(o + group[:, None] * V + value[None, :], out.to(o.dtype.element_ty), mask=written)
 
 
-def step(q, k, v, s, g, state_k, state_v, scale, slots):
+def step(c: Step) -> Tensor:
     """o [N, HQ, V] in v's dtype; row slots[n] of both pools is updated for sequence n."""
-    checks.launch_step(q, k, v, s, g, state_k, state_v, slots)
-    refuse_float64(q)
+    checks.launch_step(c)
+    refuse_float64(c.q)
+    c = contiguous(c, but=("state_k", "state_v"))
+    q, k, v, s, g, state_k, state_v = c[:7]
     sequences, query_heads, key_width = q.shape
-    heads, value_width, width = v.shape[1], v.shape[2], s.shape[2]
-    q, k, v, s, g, slots = contiguous(q, k, v, s, g, slots)
+    heads, value_width, slots = v.shape[1], v.shape[2], s.shape[2]
     o = torch.empty(sequences, query_heads, value_width, dtype=v.dtype, device=v.device)
-    entry = launch.entry("gsa_decoding", q, max(key_width, value_width), width)
-    group, slot_block = triton.next_power_of_2(query_heads // heads), triton.next_power_of_2(width)
+    entry = launch.entry("gsa_decoding", q, max(key_width, value_width), slots)
+    group, slot_block = triton.next_power_of_2(query_heads // heads), triton.next_power_of_2(slots)
     columns = max(1, entry["TILE"] // (group * slot_block))  # so that all products of one tile fit in registers
     launch.run(
         gsa_decoding_kernel,
         sequences * heads,
-        q, k, v, s, g, state_k, state_v, o, slots, *state_k.stride(), *state_v.stride(),
-        scale_of(q, scale), state_k.shape[0],
-        H=heads, GROUP=query_heads // heads, K=key_width, V=value_width, M=width, BG=group, BM=slot_block,
+        q, k, v, s, g, state_k, state_v, o, c.slots, *state_k.stride(), *state_v.stride(), c.factor, state_k.shape[0],
+        H=heads, GROUP=query_heads // heads, K=key_width, V=value_width, M=slots, BG=group, BM=slot_block,
         BK=min(columns, triton.next_power_of_2(key_width)), BV=min(columns, triton.next_power_of_2(value_width)),
         **launch.options(entry),
     )

@@ -1,14 +1,13 @@
-"""The two products of a gated recurrence in which every channel has a gate of its own, one program per chunk, head
-and block of columns.
+"""The two products of a gated recurrence in which every memory slot has a gate of its own, one program per chunk, head
+and block of columns. With X [U, M] the state before the chunk, whose columns have the gates, and
+W_ijm = exp(P_im - P_jm):
 
-For a state X [U, M] with the gate on its columns, inside a chunk:
+    value-gated    y_i [M] = scale (sum_{j < i} (a_i . u_j) W_ij w_j + exp(P_i) X^T a_i)
+    key-gated      y_i [U] = sum_{j <= i} (sum_m r_im W_ijm w_jm) u_j + X (exp(P_i) r_i)
 
-    spread      y_i [M] = scale (sum_{j < i} (a_i . u_j) W_ij w_j + exp(P_i) X^T a_i)                W_ijm = exp(P_im
-    - P_jm) contract    y_i [U] = sum_{j <= i} (sum_m r_im W_ijm w_jm) u_j + X (exp(P_i) r_i)
-
-Slots' weights, softmax and decays are float32, and so are the operands of every product with them (PRECISION says how
-they are multiplied). In reverse, which contract does, step j sees the steps i >= j of all heads of the group and dX,
-the gradient that arrives after the chunk.
+The weights of the slots, softmax and decays are float32, and so are the operands of every product with them (PRECISION
+says how they are multiplied). In reverse, which only the key-gated product runs, step j sees the steps i >= j of all
+heads of the group, and X is the gradient that arrives after the chunk.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
+from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.tiles import dot, load_rows, split_program, state_tile, store_rows
 
+from .chunks import Chunks
 from .levels import contract_levels, diagonal, from_start, load_log_decays, spread_levels, to_end
 
 
@@ -183,73 +183,52 @@ def channel_contract_kernel(
     store_rows(y + head * U, out, first, steps, width, HR, U, BT, BU)
 
 
-def spread(
-    index: ChunkIndex,
-    a: Tensor,
-    u: Tensor,
-    w: Tensor,
-    g: Tensor,
-    states: Tensor,
-    cu_seqlens: Tensor | None,
-    transposed: bool,
-    scale: float = 1.0,
+def value_gated(
+    chunks: Chunks, a: Tensor, u: Tensor, w: Tensor, states: Tensor, transposed: bool, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """What each head of a [B, T, HA, U] reads from earlier steps, [B, T, HA, M], and its weight on its own step, [B,
-    T, HA]; float32.
+    """The strictly causal part of what each head of a [B, T, HA, U] reads, [B, T, HA, M], and the diagonal, its weight
+    on its own step, [B, T, HA]; float32.
     """
-    batch, time, heads, slots = g.shape
-    readers, width = a.shape[2:]
-    y = torch.empty(batch, time, readers, slots, dtype=torch.float32, device=a.device)
-    own = torch.empty(batch, time, readers, dtype=torch.float32, device=a.device)
+    (batch, time, heads, slots), (query_heads, width), index = chunks.g.shape, a.shape[2:], chunks.index
+    y = torch.empty(batch, time, query_heads, slots, dtype=torch.float32, device=a.device)
+    diagonal = torch.empty(batch, time, query_heads, dtype=torch.float32, device=a.device)
     entry = launch.entry("channel_spread", a, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(
         channel_spread_kernel,
-        index.rows * readers * triton.cdiv(slots, slot_block),
-        a, u, w, g, states, y, own, cu_seqlens, index.sequence, index.ends, scale, time, sequences_in(cu_seqlens),
-        H=heads, GROUP=readers // heads, U=width, M=slots,
-        BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index),
+        index.rows * query_heads * triton.cdiv(slots, slot_block),
+        a, u, w, chunks.g, states, y, diagonal, chunks.cu_seqlens, index.sequence, index.ends,
+        scale, time, chunks.packed,
+        H=heads, GROUP=query_heads // heads, U=width, M=slots,
+        BT=index.size, BU=width_block, BM=slot_block, LEVELS=chunks.levels,
         TRANSPOSED=transposed, PRECISION=launch.precision(entry), **launch.options(entry),
     )
-    return y, own
+    return y, diagonal
 
 
-def contract(
-    index: ChunkIndex,
+def key_gated(
+    chunks: Chunks,
     r: Tensor,
     w: Tensor,
     u: Tensor,
-    g: Tensor,
     states: Tensor,
-    cu_seqlens: Tensor | None,
     transposed: bool,
     y: Tensor,
-    own: Tensor | None = None,
+    diagonal: Tensor | None = None,
     reverse: bool = False,
-) -> Tensor:
-    """Fills y [B, T, HR, U]. With `own` (see spread), r is not what reads but what earlier steps add to the argument
-    of its softmax.
+) -> None:
+    """Fill y [B, T, HR, U] with what the queries r read. With `diagonal` (see value_gated), r is the strictly causal
+    part of the argument of the softmax that reads.
     """
-    heads, slots = g.shape[2:]
-    readers, width = y.shape[2:]
+    (_, time, heads, slots), (query_heads, width), index = chunks.g.shape, y.shape[2:], chunks.index
     entry = launch.entry("channel_contract", u, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(
         channel_contract_kernel,
-        index.rows * readers * triton.cdiv(width, width_block),
-        r, own, w, u, g, states, y, cu_seqlens, index.sequence, index.ends, y.shape[1], sequences_in(cu_seqlens),
-        H=heads, READERS=readers // heads, WRITERS=w.shape[2] // heads, U=width, M=slots,
-        BT=index.size, BU=width_block, BM=slot_block, LEVELS=levels(index), SOFTMAX=own is not None, REVERSE=reverse,
-        TRANSPOSED=transposed, PRECISION=launch.precision(entry), **launch.options(entry),
+        index.rows * query_heads * triton.cdiv(width, width_block),
+        r, diagonal, w, u, chunks.g, states, y, chunks.cu_seqlens, index.sequence, index.ends, time, chunks.packed,
+        H=heads, READERS=query_heads // heads, WRITERS=w.shape[2] // heads, U=width, M=slots,
+        BT=index.size, BU=width_block, BM=slot_block, LEVELS=chunks.levels,
+        SOFTMAX=diagonal is not None, REVERSE=reverse, TRANSPOSED=transposed,
+        PRECISION=launch.precision(entry), **launch.options(entry),
     )
-    return y
-
-
-def levels(index: ChunkIndex) -> int:
-    """How often a chunk is cut in halves."""
-    return index.size.bit_length() - 1
-
-
-def sequences_in(cu_seqlens: Tensor | None) -> int:
-    """How many sequences are packed."""
-    return 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

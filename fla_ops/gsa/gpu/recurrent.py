@@ -1,4 +1,4 @@
-"""A recurrence step by step whose state [U, M] has a gate of its own for each channel m, and the gradient of these
+"""A recurrence step by step whose state [U, M] has a gate of its own for each memory slot m, and the gradient of these
 gates.
 
     X_t = X_{t-1} diag(exp g_t) + sum_j u_tj w_tj^T
@@ -10,7 +10,7 @@ every head of a group, and decays on leaving a step instead of on entering it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import triton
@@ -21,6 +21,8 @@ from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.gates import LOG2E
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, state_tile, store_back, store_rows
+
+from ..call import Call
 
 
 @triton.jit
@@ -113,81 +115,6 @@ def channel_recurrent_kernel(
         tl.store(final + at, state.to(final.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What every walk over one call shares."""
-
-    g: Tensor  # [B, T, H, M], contiguous
-    cu_seqlens: Tensor | None
-    reverse: bool
-
-    @property
-    def sequences(self) -> int:
-        """How many there are."""
-        return self.g.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    def walk(
-        self,
-        u: Tensor,
-        w: Tensor,
-        r: Tensor,
-        transposed: bool,
-        *,
-        initial: Tensor | None = None,
-        final: Tensor | None = None,
-        dfinal: Tensor | None = None,
-        y: Tensor | None = None,
-        before: Tensor | None = None,
-        own: Tensor | None = None,
-        carried: Tensor | None = None,
-        scale: float = 1.0,
-        over_slots: bool = False,
-        softmax: bool = False,
-        add: bool = False,
-        backwards: bool = False,
-    ) -> None:
-        """One walk that fills final, y, before, own and carried, where given; `backwards` carries the gradient of a
-        state.
-        """
-        _, time, heads, slots = self.g.shape
-        width = u.shape[3]
-        entry = launch.entry("channel_recurrent", u, width, slots)
-        width_block, slot_block = triton.next_power_of_2(width), triton.next_power_of_2(slots)
-        if over_slots:
-            slot_block = min(slot_block, entry["BLOCK"])
-            blocks = triton.cdiv(slots, slot_block)
-        else:
-            width_block = min(width_block, entry["BLOCK"])
-            blocks = triton.cdiv(width, width_block)
-        launch.run(
-            channel_recurrent_kernel,
-            self.sequences * heads * blocks,
-            u, w, self.g, r, initial, final, dfinal, y, before, own, carried, self.cu_seqlens, scale, time,
-            H=heads, READERS=r.shape[2] // heads, WRITERS=u.shape[2] // heads, U=width, M=slots,
-            BU=width_block, BM=slot_block,
-            OVER_SLOTS=over_slots, SOFTMAX=softmax, ADD=add, DECAY_LAST=backwards, REVERSE=self.reverse != backwards,
-            TRANSPOSED=transposed, **launch.options(entry),
-        )
-
-    def gate_gradient(
-        self, reads: Tensor, s: Tensor, later: Tensor, carried: tuple[Tensor | None, Tensor | None], dtype: torch.dtype
-    ) -> Tensor:
-        """dg [B, T, H, M]: what a step and those after it read from earlier ones, less what still later ones read from
-        them.
-        """
-        _, time, heads, slots = self.g.shape
-        dg = torch.empty(self.g.shape, dtype=dtype, device=self.g.device)
-        entry = launch.entry("channel_gate_gradient", s, slots, slots)
-        slot_block = launch.block(entry["BM"], slots)
-        launch.run(
-            channel_gate_gradient_kernel,
-            self.sequences * heads * triton.cdiv(slots, slot_block),
-            reads, s, later, self.g, *carried, dg, self.cu_seqlens, time,
-            H=heads, M=slots, BT=entry["BT"], BM=slot_block, REVERSE=self.reverse, **launch.options(entry),
-        )
-        return dg
-
-
 @triton.jit(do_not_specialize=["T"])
 def channel_gate_gradient_kernel(
     reads, s, later, g,                     # [B, T, H, M] x 4
@@ -219,3 +146,69 @@ def channel_gate_gradient_kernel(
         dlog_decay = tl.where(forgets, 0.0, past[None, :] + tl.cumsum(change, 0, reverse=not REVERSE))
         store_rows(dg + head * M, dlog_decay, first, steps, block * BM, H, M, BT, BM)
         past += tl.sum(change, 0)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk along all sequences of a call: who writes the state and who reads it, and what is filled where given.
+
+    `backwards` carries the gradient of a state.
+    """
+
+    u: Tensor
+    w: Tensor
+    r: Tensor
+    transposed: bool  # the state is [M, U]
+    _: KW_ONLY
+    initial: Tensor | None = None
+    final: Tensor | None = None
+    dfinal: Tensor | None = None
+    y: Tensor | None = None
+    before: Tensor | None = None
+    own: Tensor | None = None
+    carried: Tensor | None = None
+    scale: float = 1.0
+    over_slots: bool = False
+    softmax: bool = False
+    add: bool = False
+    backwards: bool = False
+
+    def run(self, c: Call) -> None:
+        """Launch it with the gates of a call."""
+        _, time, heads, slots = c.g.shape
+        width = self.u.shape[3]
+        entry = launch.entry("channel_recurrent", self.u, width, slots)
+        width_block, slot_block = triton.next_power_of_2(width), triton.next_power_of_2(slots)
+        if self.over_slots:
+            slot_block = min(slot_block, entry["BLOCK"])
+            blocks = triton.cdiv(slots, slot_block)
+        else:
+            width_block = min(width_block, entry["BLOCK"])
+            blocks = triton.cdiv(width, width_block)
+        launch.run(
+            channel_recurrent_kernel,
+            c.sequences * heads * blocks,
+            self.u, self.w, c.g, self.r, self.initial, self.final, self.dfinal,
+            self.y, self.before, self.own, self.carried, c.cu_seqlens, self.scale, time,
+            H=heads, READERS=self.r.shape[2] // heads, WRITERS=self.u.shape[2] // heads, U=width, M=slots,
+            BU=width_block, BM=slot_block,
+            OVER_SLOTS=self.over_slots, SOFTMAX=self.softmax, ADD=self.add, DECAY_LAST=self.backwards,
+            REVERSE=c.reverse != self.backwards, TRANSPOSED=self.transposed, **launch.options(entry),
+        )
+
+
+def gate_gradient(c: Call, reads: Tensor, later: Tensor, carried: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """dg [B, T, H, M]: what a step and those after it read from earlier ones, less what still later ones read from
+    them.
+    """
+    _, time, heads, slots = c.g.shape
+    dg = torch.empty_like(c.g)
+    entry = launch.entry("channel_gate_gradient", c.s, slots, slots)
+    slot_block = launch.block(entry["BM"], slots)
+    launch.run(
+        channel_gate_gradient_kernel,
+        c.sequences * heads * triton.cdiv(slots, slot_block),
+        reads, c.s, later, c.g, *carried, dg, c.cu_seqlens, time,
+        H=heads, M=slots, BT=entry["BT"], BM=slot_block, REVERSE=c.reverse, **launch.options(entry),
+    )
+    return dg

@@ -50,13 +50,15 @@ def softmax_gradient_kernel(
 
 
 def softmax_gradient(
-    earlier: Tensor, own: Tensor, dearlier: Tensor, down: Tensor, s: Tensor, scale: float, need_reads: bool
+    argument: tuple[Tensor, Tensor], dargument: tuple[Tensor, Tensor], s: Tensor, scale: float, need_reads: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """p and dx [B, T, HQ, M] and, if needed, what each step reads from earlier ones times its gradient, [B, T, H, M];
     all float32.
 
-    dx holds the scale of what it is multiplied with; it takes the memory of dearlier.
+    `argument` and `dargument` are the strictly causal part and the diagonal of x and of dp. dx holds the scale of what
+    it is multiplied with; it takes the memory of dp's strictly causal part.
     """
+    (earlier, own), (dearlier, down) = argument, dargument
     batch, time, heads, slots = s.shape
     p, dx = torch.empty_like(earlier), dearlier
     reads = torch.empty(s.shape, dtype=torch.float32, device=s.device) if need_reads else None

@@ -1,9 +1,10 @@
-"""The states before each chunk where every channel has a gate of its own, and the gradients that arrive after each
+"""The states before each chunk where every memory slot has a gate of its own, and the gradients that arrive after each
 chunk.
 
 A state is [U, M], the gate on its columns: X' = X diag(d) + sum_j u_j (b_j w_j)^T, with b_j the decay from step j to
-the chunk's end and d that of the whole chunk. In reverse, dX = dX' diag(d) + sum_i u_i (a_i w_i)^T over all writers
-of the group, with a_i the decay from the chunk's start to step i. A state that is kept as [M, U] is TRANSPOSED.
+the chunk's end and d that of the whole chunk. In reverse, dX = dX' diag(d) + sum_i u_i (a_i w_i)^T over the queries
+of all heads of the group, with a_i the decay from the chunk's start to step i. A state that is kept as [M, U] is
+TRANSPOSED.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
+from fla_ops.common.gpu.chunk_index import first_row, sequence_bounds
 from fla_ops.common.gpu.tiles import dot, load_rows, split_program, state_tile
 
+from .chunks import Chunks
 from .levels import from_start, load_log_decays, to_end
 
 
@@ -67,34 +69,29 @@ def channel_state_kernel(
 
 
 def channel_states(
-    index: ChunkIndex,
+    chunks: Chunks,
     u: Tensor,
     w: Tensor,
-    g: Tensor,
     initial: Tensor | None,
     final: Tensor | None,
-    cu_seqlens: Tensor | None,
     transposed: bool,
     reverse: bool = False,
     keep: bool = True,
 ) -> Tensor | None:
     """The state before each chunk, [rows, H, U, M] (transposed: [rows, H, M, U]) in float32; fills `final` where given.
 
-    With reverse=True, u and w are those of the reading side, and the result is the gradient that arrives after each
-    chunk.
+    With reverse=True, u and w are those of the queries, and the result is the gradient that arrives after each chunk.
     """
-    batch, time, heads, slots = g.shape
-    width = u.shape[3]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    (_, time, heads, slots), width, index = chunks.g.shape, u.shape[3], chunks.index
     widths = (slots, width) if transposed else (width, slots)
-    allocate = torch.empty if cu_seqlens is None else torch.zeros  # packed sequences may leave rows unused
+    allocate = torch.zeros if chunks.packed else torch.empty  # packed sequences may leave rows unused
     states = allocate(index.rows, heads, *widths, dtype=torch.float32, device=u.device) if keep else None
     entry = launch.entry("channel_state", u, width, slots)
     width_block, slot_block = launch.block(entry["BU"], width), launch.block(entry["BM"], slots)
     launch.run(
         channel_state_kernel,
-        sequences * heads * triton.cdiv(width, width_block) * triton.cdiv(slots, slot_block),
-        u, w, g, initial, states, final, cu_seqlens, index.ends, time,
+        chunks.sequences * heads * triton.cdiv(width, width_block) * triton.cdiv(slots, slot_block),
+        u, w, chunks.g, initial, states, final, chunks.cu_seqlens, index.ends, time,
         H=heads, GROUP=u.shape[2] // heads, U=width, M=slots, BT=index.size, BU=width_block, BM=slot_block,
         REVERSE=reverse, TRANSPOSED=transposed, PRECISION=launch.precision(entry), **launch.options(entry),
     )

@@ -1,4 +1,4 @@
-"""The normalisation on a CPU: the C++ kernel of this folder, or ATen for float64 and where no C++ compiler is."""
+"""The normalisation on a CPU: the C++ kernel of this folder, or ATen for float64 or without a C++ compiler."""
 
 from __future__ import annotations
 
@@ -9,96 +9,91 @@ import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 
 from .. import checks
+from ..call import Gradients, Need, Normalize, Normalized, NormalizeStep
 from . import aten
-from .chunked import scale_of
 
 SOURCE = "linear_attn/cpu/normalize.cpp"
 
 
-class Call(compiled.Walks):
+class Arguments(build.Walks):
     """struct Call of normalize.cpp."""
 
     _fields_ = (
-        *((name, compiled.Steps) for name in ("q", "k", "o", "y", "z", "dq", "dk", "do")),
+        *((name, build.Steps) for name in ("q", "k", "o", "y", "z", "dq", "dk", "do")),
         ("dz", ctypes.c_void_p),
     )
 
 
-def forward(q, k, o, scale, initial_z, output_final_z, reverse, cu_seqlens, cu_seqlens_cpu):
+def forward(c: Normalize) -> Normalized:
     """The quotient [B, T, H, V] in o's dtype, and the last z [N, 1, H, K] in float32."""
-    library = compiled.library(SOURCE, o)
+    checks.launch(c)
+    library = build.library(SOURCE, c.o)
     if library is None:
-        return aten.forward(q, k, o, scale, initial_z, output_final_z, reverse, cu_seqlens, cu_seqlens_cpu)
-    checks.launch(q, k, o, initial_z, cu_seqlens, cu_seqlens_cpu)
-    y = torch.empty_like(o, memory_format=torch.contiguous_format)
-    z = _sums(initial_z, q, o, cu_seqlens)
-    _run(library.normalize_forward, q, k, o, y, z, scale, reverse, compiled.offsets(cu_seqlens, q))
-    return y, z if output_final_z else None
+        return aten.forward(c)
+    y = torch.empty_like(c.o, memory_format=torch.contiguous_format)
+    z = _sums(c, c.initial_z, c.o)
+    _run(library.normalize_forward, c, c.reverse, y, z, offsets=build.offsets(c))
+    return Normalized(y, z if c.output_final_z else None)
 
 
-def backward(q, k, normalized, initial_z, cu_seqlens, dnormalized, dfinal_z, scale, reverse, output_mask):
-    """The gradients of q, k, o and initial_z that output_mask asks for."""
-    library = compiled.library(SOURCE, normalized)
+def backward(c: Normalize, d: Normalized, need: Need, saved: Normalized) -> Gradients:
+    """The gradients that are needed."""
+    y = saved.normalized
+    library = build.library(SOURCE, y)
     if library is None:
-        gradients = (dnormalized, dfinal_z)
-        return aten.backward(q, k, normalized, initial_z, cu_seqlens, *gradients, scale, reverse, output_mask)
-    need_q, need_k, need_o, need_z = output_mask
-    dq, dk = (compiled.for_each_head(x, normalized) if wanted else None for wanted, x in ((need_q, q), (need_k, k)))
-    do = torch.empty_like(normalized, memory_format=torch.contiguous_format) if need_o else None
-    z = _sums(initial_z, q, normalized, cu_seqlens)
-    dz = _sums(dfinal_z, q, normalized, cu_seqlens) if need_k or need_z else None
-    sums = (z, scale, reverse, compiled.offsets(cu_seqlens, q), None)
-    _run(library.normalize_backward, q, k, dnormalized, normalized, *sums, dz, dq, dk, do)
-    dq, dk = (None if d is None else compiled.sum_groups(d, x) for d, x in ((dq, q), (dk, k)))
-    return dq, dk, do, dz.to(initial_z.dtype) if need_z else None
+        return aten.backward(c, d, need, saved)
+    dq, dk = (build.for_each_head(x, y) if wanted else None for wanted, x in ((need.q, c.q), (need.k, c.k)))
+    do = torch.empty_like(y, memory_format=torch.contiguous_format) if need.o else None
+    z = _sums(c, c.initial_z, y)
+    dz = _sums(c, d.final_z, y) if need.k or need.initial_z else None
+    arriving = c._replace(o=d.normalized)
+    _run(library.normalize_backward, arriving, c.reverse, y, z, dz, dq, dk, do, offsets=build.offsets(c))
+    dq, dk = (None if x is None else build.sum_groups(x, like) for x, like in ((dq, c.q), (dk, c.k)))
+    return dq, dk, do, dz.to(c.initial_z.dtype) if need.initial_z else None
 
 
-def step(q, k, o, z, scale, slots):
+def step(c: NormalizeStep) -> Tensor:
     """One step for N sequences: rows of z updated in place."""
-    library = compiled.library(SOURCE, o, z)
+    checks.launch_step(c)
+    library = build.library(SOURCE, c.o, c.z)
     if library is None:
-        return aten.step(q, k, o, z, scale, slots)
-    checks.launch_step(q, k, o, z, slots)
-    rows = None if slots is None else torch.tensor(valid.slot_values(slots, len(z)))
-    y = torch.empty_like(o, memory_format=torch.contiguous_format)
-    once = (x.unsqueeze(1) for x in (q, k, o, y))
-    _run(library.normalize_forward, *once, z, scale, False, None, rows)
+        return aten.step(c)
+    rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.z)))
+    y = torch.empty_like(c.o, memory_format=torch.contiguous_format)
+    once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), o=c.o.unsqueeze(1), scale=c.factor)
+    _run(library.normalize_forward, once, False, y.unsqueeze(1), c.z, slots=rows)
     return y
 
 
-def _sums(z: Tensor | None, q: Tensor, o: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fresh [N, 1, H, K] in float32; zeros where there is none."""
+def _sums(c: Normalize, z: Tensor | None, o: Tensor) -> Tensor:
+    """A fresh [N, 1, H, K] in float32 from a sum of the call, or zeros."""
     if z is not None:
         return z.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    return o.new_zeros((sequences, 1, o.shape[2], q.shape[3]), dtype=torch.float32)
+    return o.new_zeros((c.sequences, 1, o.shape[2], c.q.shape[3]), dtype=torch.float32)
 
 
 def _run(
     kernel: Any,
-    q: Tensor,
-    k: Tensor,
-    o: Tensor,
+    c: Any,
+    reverse: bool,
     y: Tensor,
     z: Tensor,
-    scale: float | None,
-    reverse: bool,
-    offsets: Tensor | None,
-    slots: Tensor | None = None,
     *gradients: Tensor | None,
+    offsets: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
     """One call of normalize.cpp; the gradients are those of z, q, k and o."""
     dz, dq, dk, do = gradients or (None,) * 4
-    (batch, time, key_heads, key_width), (heads, value_width) = q.shape, o.shape[2:]
-    call = Call(
+    (batch, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.o.shape[2:]
+    arguments = Arguments(
         *(time, batch if offsets is None else len(offsets) - 1, key_heads, heads, key_width, value_width),
-        *(reverse, compiled.threads(batch * time * heads * (key_width + value_width))),
-        scale_of(q, scale),
-        *(compiled.address(x) for x in (offsets, slots)),
-        *(compiled.steps(x) for x in (q, k, o, y, z, dq, dk, do)),
-        compiled.address(dz),
+        *(reverse, build.threads(batch * time * heads * (key_width + value_width))),
+        c.factor,
+        *(build.address(x) for x in (offsets, slots)),
+        *(build.steps(x) for x in (c.q, c.k, c.o, y, z, dq, dk, do)),
+        build.address(dz),
     )
-    kernel(ctypes.byref(call))
+    kernel(ctypes.byref(arguments))

@@ -8,7 +8,7 @@
 
 namespace {
 
-// The arguments of all operators, as host.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of all operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
 struct Call : Walks {
     Steps q, k, o, y;        // backward, o is the gradient of y
     Steps z;                 // [P, 1, H, K]: the sum before the first step, and forward then after the last
@@ -79,6 +79,7 @@ struct Worker {
         if (!c.dz) return;
         float* dz = c.dz + (w.sequence * c.heads + w.head) * K;
         std::copy_n(dz, K, z.at);
+        std::fill(z.at + K, z.at + padded(K), 0.f);
         for (int64_t i = w.steps - 1; i >= 0; i--) {
             const int64_t t = w.at(i);
             c.q.load_row(w.batch, t, w.key_head, K, q.at, float(c.scale));

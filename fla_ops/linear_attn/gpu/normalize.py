@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, locate_chunk, sequence_bounds
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, store_back, store_rows
 
 from .. import checks
+from ..call import Need, Normalize, Normalized, NormalizeStep
 
 EPSILON = tl.constexpr(1e-10)
 
@@ -208,55 +209,54 @@ def normalize_step_kernel(
         tl.store(y + at, nearest(tl.where(used, tile, outside), y.dtype.element_ty), mask=value < V)
 
 
-def forward(q, k, o, scale, initial_z, output_final_z, reverse, cu_seqlens, cu_seqlens_cpu):
+def forward(c: Normalize):
     """y [B, T, H, V] in o's dtype, and the last z [N, 1, H, K] in float32 or None."""
-    checks.launch(q, k, o, initial_z, cu_seqlens, cu_seqlens_cpu)
-    refuse_float64(q)
-    check_offsets(cu_seqlens, q.shape[1])
-    q, k, o, initial_z, cu_seqlens = contiguous(q, k, o, initial_z, cu_seqlens)
-    index = _index(q, cu_seqlens)
+    checks.launch(c)
+    refuse_float64(c.q)
+    check_offsets(c)
+    c = contiguous(c)
+    q, k, o, cu_seqlens = c.q, c.k, c.o, c.cu_seqlens
+    index, heads = _index(c), o.shape[2]
     final = None
-    if output_final_z:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        final = torch.empty((sequences, 1, o.shape[2], q.shape[3]), dtype=torch.float32, device=o.device)
-    before = _before(index, k, None, o.shape[2], initial_z, final, cu_seqlens, reverse)
+    if c.output_final_z:
+        final = torch.empty((c.sequences, 1, heads, q.shape[3]), dtype=torch.float32, device=o.device)
+    before = _before(index, c, k, heads, initial=c.initial_z, final=final)
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     entry = launch.entry("divide", q, q.shape[3], o.shape[3])
     launch.run(
-        divide_kernel, index.rows * o.shape[2],
-        q, k, o, before, y, cu_seqlens, index.sequence, index.ends, scale_of(q, scale), *_sizes(q, cu_seqlens),
-        **_constants(index, q, o, entry), REVERSE=reverse, **launch.options(entry),
+        divide_kernel, index.rows * heads,
+        q, k, o, before, y, cu_seqlens, index.sequence, index.ends, c.factor, q.shape[1], c.sequences,
+        **_constants(index, q, o, entry), REVERSE=c.reverse, **launch.options(entry),
     )
     return y, final
 
 
-def backward(q, k, normalized, initial_z, cu_seqlens, dnormalized, dfinal_z, scale, reverse, output_mask):
-    """The gradients of q, k, o and initial_z that output_mask asks for, each in its input's dtype."""
-    need_q, need_k, need_o, need_z = output_mask
-    q, k, y, dy, initial_z, dfinal_z, cu_seqlens = contiguous(
-        q, k, normalized, dnormalized, initial_z, dfinal_z, cu_seqlens
-    )
-    index, heads = _index(q, cu_seqlens), y.shape[2]
+def backward(c: Normalize, d: Normalized, need: Need, saved: Normalized):
+    """The gradients that are needed, each in its input's dtype."""
+    c, d, saved = contiguous(c), contiguous(d), contiguous(saved)
+    q, k, y, dy = c.q, c.k, saved.normalized, d.normalized
+    index, heads = _index(c), y.shape[2]
     dq = dk = do = weight = dinitial = None
-    before = _before(index, k, None, heads, initial_z, None, cu_seqlens, reverse)
-    if need_q:
+    before = _before(index, c, k, heads, initial=c.initial_z)
+    if need.q:
         dq = per_value_head(q, heads)
-    if need_o:
+    if need.o:
         do = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    if need_k or need_z:
+    if need.k or need.initial_z:
         weight = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
     entry = launch.entry("divide_backward", q, q.shape[3], y.shape[3])
-    sizes, rows = _sizes(q, cu_seqlens), (cu_seqlens, index.sequence, index.ends)
+    sizes, rows = (q.shape[1], c.sequences), (c.cu_seqlens, index.sequence, index.ends)
     launch.run(
         divide_backward_kernel, index.rows * heads,
-        q, k, y, dy, before, dq, do, weight, *rows, scale_of(q, scale), *sizes,
-        **_constants(index, q, y, entry), REVERSE=reverse, **launch.options(entry),
+        q, k, y, dy, before, dq, do, weight, *rows, c.factor, *sizes,
+        **_constants(index, q, y, entry), REVERSE=c.reverse, **launch.options(entry),
     )
-    if need_z:
-        dinitial = torch.empty(initial_z.shape, dtype=initial_z.dtype, device=y.device)
-    if need_k or need_z:
-        after = _before(index, q, weight, heads, dfinal_z, dinitial, cu_seqlens, not reverse)
-    if need_k:
+    if need.initial_z:
+        dinitial = torch.empty(c.initial_z.shape, dtype=c.initial_z.dtype, device=y.device)
+    if need.k or need.initial_z:
+        turned = c._replace(reverse=not c.reverse)
+        after = _before(index, turned, q, heads, weight=weight, initial=d.final_z, final=dinitial)
+    if need.k:
         dk = per_value_head(k, heads)
         entry = launch.entry("running_sum", q, q.shape[3], q.shape[3])
         key_block = launch.block(entry["BK"], q.shape[3])
@@ -264,37 +264,33 @@ def backward(q, k, normalized, initial_z, cu_seqlens, dnormalized, dfinal_z, sca
             running_sum_kernel, index.rows * heads * triton.cdiv(q.shape[3], key_block),
             q, weight, after, dk, *rows, *sizes,
             H=heads, HK=q.shape[2], K=q.shape[3], BT=index.size, BK=key_block,
-            REVERSE=not reverse, **launch.options(entry),
+            REVERSE=not c.reverse, **launch.options(entry),
         )
-    return group_sum(dq, q) if need_q else None, group_sum(dk, k) if need_k else None, do, dinitial
+    return group_sum(dq, q) if need.q else None, group_sum(dk, k) if need.k else None, do, dinitial
 
 
-def step(q, k, o, z, scale, slots):
+def step(c: NormalizeStep):
     """y [N, H, V] in o's dtype; row slots[n] of z [P, 1, H, K] is updated for sequence n."""
-    checks.launch_step(q, k, o, z, slots)
-    refuse_float64(q)
-    q, k, o, slots = contiguous(q, k, o, slots)
+    checks.launch_step(c)
+    refuse_float64(c.q)
+    c = contiguous(c, but=("z",))
+    q, o, z = c.q, c.o, c.z
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     sequences, heads, value_width = o.shape
     entry = launch.entry("normalize_step", q, q.shape[2], value_width)
     launch.run(
         normalize_step_kernel, sequences * heads,
-        q, k, o, z, y, slots, z.stride(0), z.stride(2), z.stride(3), scale_of(q, scale), z.shape[0],
+        q, c.k, o, z, y, c.slots, z.stride(0), z.stride(2), z.stride(3), c.factor, z.shape[0],
         H=heads, HK=q.shape[1], K=q.shape[2], V=value_width,
         BK=launch.block(entry["BK"], q.shape[2]), BV=launch.block(entry["BV"], value_width), **launch.options(entry),
     )
     return y
 
 
-def _index(q: Tensor, cu_seqlens: Tensor | None) -> ChunkIndex:
+def _index(c: Normalize) -> ChunkIndex:
     """The chunks that all kernels share."""
-    size = launch.entry("chunk_sum", q, q.shape[3], q.shape[3])["BT"]
-    return chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, size)
-
-
-def _sizes(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """T and N."""
-    return q.shape[1], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    size = launch.entry("chunk_sum", c.q, c.q.shape[3], c.q.shape[3])["BT"]
+    return chunk_index.build(c.q.shape[0], c.q.shape[1], c.cu_seqlens, size)
 
 
 def _constants(index: ChunkIndex, q: Tensor, o: Tensor, entry: launch.Entry) -> dict[str, int]:
@@ -307,29 +303,28 @@ def _constants(index: ChunkIndex, q: Tensor, o: Tensor, entry: launch.Entry) -> 
 
 def _before(
     index: ChunkIndex,
+    c: Normalize,
     x: Tensor,
-    weight: Tensor | None,
     heads: int,
-    initial: Tensor | None,
-    final: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
+    weight: Tensor | None = None,
+    initial: Tensor | None = None,
+    final: Tensor | None = None,
 ) -> Tensor:
     """The sum of w_t x_t before each chunk, [rows, H, K], starting from `initial`; fills `final` where given."""
-    (time, sequences), (key_heads, key_width) = _sizes(x, cu_seqlens), x.shape[2:]
+    time, (key_heads, key_width) = x.shape[1], x.shape[2:]
     sums, before = (torch.empty(index.rows, heads, key_width, dtype=torch.float32, device=x.device) for _ in range(2))
     entry = launch.entry("chunk_sum", x, key_width, key_width)
     block = launch.block(entry["BK"], key_width)
     launch.run(
         chunk_sum_kernel, index.rows * heads * triton.cdiv(key_width, block),
-        x, weight, sums, cu_seqlens, index.sequence, index.ends, time, sequences,
+        x, weight, sums, c.cu_seqlens, index.sequence, index.ends, time, c.sequences,
         H=heads, HK=key_heads, K=key_width, BT=index.size, BK=block, **launch.options(entry),
     )
     entry = launch.entry("chunk_scan", x, key_width, key_width)
     block = launch.block(entry["BK"], key_width)
     launch.run(
-        chunk_scan_kernel, sequences * heads * triton.cdiv(key_width, block),
-        sums, initial, before, final, cu_seqlens, index.ends, time,
-        H=heads, K=key_width, BT=index.size, BR=entry["BR"], BK=block, REVERSE=reverse, **launch.options(entry),
+        chunk_scan_kernel, c.sequences * heads * triton.cdiv(key_width, block),
+        sums, initial, before, final, c.cu_seqlens, index.ends, time,
+        H=heads, K=key_width, BT=index.size, BR=entry["BR"], BK=block, REVERSE=c.reverse, **launch.options(entry),
     )
     return before

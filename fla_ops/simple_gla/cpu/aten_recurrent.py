@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from fla_ops.common.cpu.chunks import runs
 
 from .. import checks
 from .chunked import compute_dtype, scale_of
+
+WINDOW = 256  # steps over which the gates' gradient is a running sum
 
 
 def forward(
@@ -36,7 +40,11 @@ def forward(
 def backward(
     q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
 ):
-    """S runs again in the direction of time for dq; dS runs against it for dk and dv. No state is kept."""
+    """S runs again in the direction of time for dq; dS runs against it for dk and dv.
+
+    dg_t = <exp(g_t) S_{t-1}, dS_t>. It is dg_{t+1}, and what step t reads from the state before it, less what the later
+    steps read of its own. This sum begins afresh, with the product itself, at the end of every WINDOW steps.
+    """
     need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
     need_gate = need_g or need_gamma
     dtype, heads = compute_dtype(v), v.shape[2]
@@ -47,31 +55,42 @@ def backward(
     for sequence, start, end in runs(q, cu_seqlens):
         queries, keys, values, decay = _steps(q, k, v, g, g_gamma, scale, start, end)
         upstream = _time_first(do[:, start:end], dtype, heads)
+        own = (values * upstream).sum(-1, keepdim=True)
+        order = _order(end - start, reverse)
+        ends: dict[int, Any] = dict.fromkeys((*order[WINDOW - 1 :: WINDOW], *order[-1:]))
         dqueries = dkeys = dvalues = None
         if need_q or need_gate:
-            dqueries = torch.empty_like(queries)
+            dqueries = torch.empty_like(queries)  # of the state before each step
             state = _state(initial_state, sequence, q, v, state_v_first)
-            for t in _order(end - start, reverse):
-                _advance(state, keys[t], values[t], None if decay is None else decay[t])
+            for t in order:
+                if need_gate and t in ends:
+                    ends[t] = state.clone()
                 torch.bmm(state, upstream[t].unsqueeze(2), out=dqueries[t].unsqueeze(2))
+                _advance(state, keys[t], values[t], None if decay is None else decay[t])
+            if decay is not None:
+                dqueries *= decay.squeeze(-1)
+            reads = (queries * dqueries).sum(-1)
+            dqueries.addcmul_(keys, own)
         dstate = _state(dfinal_state, sequence, q, v, state_v_first)
-        last = 0.0
-        if need_gate and dfinal_state is not None:
-            last = (state * dstate).sum((1, 2))
         if need_k or need_v or need_gate or need_state:
             dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
             arriving = None  # the decay of the step after, which dS crosses on its way here
-            for t in _order(end - start, not reverse):
-                _advance(dstate, queries[t], upstream[t], arriving)
+            for t in reversed(order):
+                if arriving is not None:
+                    dstate.mul_(arriving)
                 torch.bmm(dstate, values[t].unsqueeze(2), out=dkeys[t].unsqueeze(2))
+                _advance(dstate, queries[t], upstream[t], None)
                 torch.bmm(keys[t].unsqueeze(1), dstate, out=dvalues[t].unsqueeze(1))
                 arriving = None if decay is None else decay[t]
+                if need_gate and t in ends:
+                    ends[t] = ends[t].mul_(dstate).sum((1, 2)) * arriving[:, 0, 0]
             if arriving is not None:
                 dstate.mul_(arriving)
+            writes = (keys * dkeys).sum(-1)
+            dkeys.addcmul_(queries, own)
         if need_gate:
-            along = (queries * dqueries).sum(-1) - (keys * dkeys).sum(-1)
-            dg = along.cumsum(0) if reverse else along.flip(0).cumsum(0).flip(0)
-            dg = torch.where(decay[..., 0, 0] == 0, 0, dg + last).unflatten(1, (-1, heads)).transpose(0, 1)
+            dg = _gate_gradient(reads - writes, ends, reverse)
+            dg = torch.where(decay[..., 0, 0] == 0, 0, dg).unflatten(1, (-1, heads)).transpose(0, 1)
             if need_gamma:
                 dgamma += dg.sum((0, 1))
             else:
@@ -127,6 +146,15 @@ def _advance(state: Tensor, key: Tensor, value: Tensor, decay: Tensor | None) ->
     if decay is not None:
         state.mul_(decay)
     state.addcmul_(key.unsqueeze(2), value.unsqueeze(1))
+
+
+def _gate_gradient(change: Tensor, ends: dict[int, Tensor], reverse: bool) -> Tensor:
+    """dg [T, B * H] from what it is at the ends of windows, and from how much it changes to each other step."""
+    for t, product in ends.items():
+        change[t] = product
+    windows = (change.flip(0) if reverse else change).split(WINDOW)
+    dg = torch.cat([window.flip(0).cumsum(0).flip(0) for window in windows]) if ends else change
+    return dg.flip(0) if reverse else dg
 
 
 def _time_first(x: Tensor, dtype: torch.dtype, heads: int) -> Tensor:

@@ -6,11 +6,13 @@
 //     S'  = d S + sum_j b_j k_j v_j^T
 //
 // D_ij is the decay from step j to step i, a_i from the chunk's start to i, b_j from j to the chunk's end, d over the
-// chunk: running products of the steps' decays, so that no sum of logarithms loses digits.
+// chunk: running products of the steps' decays, so that no sum of logarithms loses digits, and in double, so that a
+// factor near one has no bias that grows with the number of steps. d enters a state as two floats for the same reason.
 //
 // Three passes: what each chunk adds to the state; the states before the chunks, by the recurrence; the outputs, or
 // the gradients. The chunk form spreads each pass over the chunks of all heads and keeps their states; the fused form
-// walks along each sequence and head and keeps those of a few chunks, in the core's cache.
+// walks along each sequence and head and keeps those of a few chunks, in the core's cache. Backwards in time, the steps
+// of a sequence and so its chunks are counted from its end.
 
 #include "simple_gla/cpu/chunk.h"
 
@@ -19,14 +21,16 @@ namespace {
 // One thread, with the matrices it works in.
 struct Worker : Inputs {
     const Chunks& chunks;
-    Matrix weighted, k_transposed, v_transposed, dstate_transposed;
+    Matrix weighted, added, k_transposed, v_transposed, dstate_transposed;
     Matrix scores, weights, dq, dk, dv, dq_of_group, dk_of_group;
     Decay decay;
+    double change[CHUNK]{};  // of dg, from step to step
 
     Worker(const Call& c, const Chunks& chunks, Space& space)
         : Inputs(c, space),
           chunks(chunks),
           weighted(space.matrix(CHUNK, K)),
+          added(space.matrix(K, V)),
           k_transposed(space.matrix(K, CHUNK)),
           v_transposed(space.matrix(V, CHUNK)),
           dstate_transposed(space.matrix(V, K)),
@@ -81,7 +85,7 @@ struct Worker : Inputs {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
         each_head(chunk, key_head, [&](int64_t head) {
-            w.totals[slot(w, at, head)] = decay.total;
+            w.totals[slot(w, at, head)] = Factor(decay.total);
             scale_rows(k, decay.to_end, weighted, steps, padded(K));
             if (transposed)
                 product(Left::transposed(v), weighted, state_transposed(w, at, head), padded(V), steps, padded(K));
@@ -95,30 +99,33 @@ struct Worker : Inputs {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
         each_head(chunk, key_head, [&](int64_t head) {
-            w.totals[slot(w, at, head)] = decay.total;
+            w.totals[slot(w, at, head)] = Factor(decay.total);
             scale_rows(q, decay.from_start, weighted, steps, padded(K));
             product(Left::transposed(weighted), o, dstate(w, at, head), padded(K), steps, padded(V));
         });
     }
 
     // S <- d S + what a chunk adds, along the chunks of each sequence: `carried` is S before the first of them, then
-    // after the last, dense; what a chunk adds is replaced by the S that it meets.
+    // after the last, dense; what a chunk adds is replaced by the S that it meets, with zeros past its edges.
     void carry(const Window& w, bool shared, float* added, float* carried, int rows, int width, bool backwards) {
         int64_t heads = (w.last_head - w.first_head) * group, sequences = w.last_sequence - w.first_sequence;
-        spread(shared, sequences * heads * rows, [&](int64_t i) {
-            int64_t row = i % rows, head = w.first_head * group + i / rows % heads;
-            int64_t n = w.first_sequence + i / rows / heads;
+        const int64_t all = padded(rows);
+        spread(shared, sequences * heads * all, [&](int64_t i) {
+            int64_t row = i % all, head = w.first_head * group + i / all % heads;
+            int64_t n = w.first_sequence + i / all / heads;
             int64_t first = std::max(w.first, chunks.first[n]), last = std::min(w.last, chunks.first[n + 1]);
             float* s = carried + ((n * c.heads + head) * rows + row) * width;
             for (int64_t step = 0; step < last - first; step++) {
                 int64_t which = slot(w, backwards ? last - 1 - step : first + step, head);
                 float* x = Matrix(added + which * Matrix::numbers(rows, width), width)[row];
-                float total = w.totals[which];
-                for (int j = 0; j < width; j++) {
-                    float next = total * s[j] + x[j];
+                const int inside = row < rows ? width : 0;
+                const Factor total = w.totals[which];
+                for (int j = 0; j < inside; j++) {
+                    float next = total.times_plus(s[j], x[j]);
                     x[j] = s[j];
                     s[j] = next;
                 }
+                std::fill(x + inside, x + padded(width), 0.f);
             }
         });
     }
@@ -146,6 +153,14 @@ struct Worker : Inputs {
         each_head(chunk, key_head, [&](int64_t head) { write_output(chunk, head, state(w, at, head)); });
     }
 
+    // S <- d S + what the chunk adds, which is summed on its own first: S is rounded once, not at each step.
+    void advance(Matrix s) const {
+        const Factor total(decay.total);
+        for (int i = 0; i < K; i++)
+            for (int j = 0; j < padded(V); j += LANES)
+                write(s[i] + j, total.times_plus(read(s[i] + j), read(added[i] + j)));
+    }
+
     // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
     void walk_forward(const Window& w) {
         const int64_t first = w.first_head * group, heads = (w.last_head - w.first_head) * group;
@@ -163,8 +178,8 @@ struct Worker : Inputs {
                     Matrix s = state(w, w.first, head);
                     write_output(chunk, head, s);
                     scale_rows(k, decay.to_end, weighted, steps, padded(K));
-                    for (int i = 0; i < K; i++) scale_rows({s[i], V}, &decay.total, {s[i], V}, 1, padded(V));
-                    product(Left::transposed(weighted), v, s, padded(K), steps, padded(V), true);
+                    product(Left::transposed(weighted), v, added, padded(K), steps, padded(V));
+                    advance(s);
                 });
             }
         }
@@ -209,35 +224,51 @@ struct Worker : Inputs {
     void add_dq_and_dk(const Window& w, int64_t at, int64_t head) {
         const Chunk& chunk = chunks.all[at];
         int steps = padded(chunk.steps);
-        double crossing = 0;
         if (c.dq.data || c.dg) {
             product(o, state_transposed(w, at, head), dq, steps, padded(V), padded(K));
             scale_rows(dq, decay.from_start, dq, steps, padded(K));
+            if (c.dg)
+                for (int i = 0; i < chunk.steps; i++) change[i] = dot(q[i], dq[i], padded(K));
             product(weights, k, dq, steps, steps, padded(K), true, UP_TO_ROW);
         }
         if (c.dk.data || c.dg) {
             transpose(dstate(w, at, head), dstate_transposed, padded(K), padded(V));
             product(v, dstate_transposed, dk, steps, padded(V), padded(K));
             scale_rows(dk, decay.to_end, dk, steps, padded(K));
-            if (c.dg)
-                for (int j = 0; j < chunk.steps; j++) crossing += dot(k[j], dk[j], padded(K));
+            if (c.dg) write_dg(w, at, head);
             product(Left::transposed(weights), q, dk, steps, steps, padded(K), true, FROM_ROW);
         }
-        if (c.dg) write_dg(w, at, head, crossing);
     }
 
-    // With P the running sum of g in the chunk, dP_i = q_i . dq_i - k_i . dk_i; the chunk's end, through b and d, adds
-    // the terms of dk that came from the state, and d <S, dS'>, at the last step. dg is the sum of dP from the end.
-    void write_dg(const Window& w, int64_t at, int64_t head, double crossing) {
+    // dg_i is the sum of all that passes the gate of step i: of D_lj (do_l . v_j) (q_l . k_j) over j < i <= l, of what
+    // steps from i on read from the state before the chunk, of what earlier ones write to the state after it, and of
+    // d <S, dS'>. From i + 1 to i the sum over pairs grows by row i and shrinks by column i. A pair on one side of the
+    // gate is in both, and may be far larger than dg_i: double holds it exactly, so it leaves no rounding behind.
+    //
+    // `weights` holds (do_i . v_j) D_ij; `change` holds q_i . dq_i and `dk` dk without the pairs of the chunk.
+    void write_dg(const Window& w, int64_t at, int64_t head) {
         const Chunk& chunk = chunks.all[at];
-        double carried = 0;
+        double since = 0;
         Matrix before = state_transposed(w, at, head);
-        for (int i = 0; i < V; i++) carried += dot(before[i], dstate_transposed[i], padded(K));
-        double since = crossing + decay.total * carried;
+        for (int i = 0; i < V; i++) since += dot(before[i], dstate_transposed[i], padded(K));
+        since *= decay.total;
+        for (int j = 0; j < chunk.steps; j++) {
+            const double crossing = dot(k[j], dk[j], padded(K));
+            since += crossing;
+            change[j] -= crossing;
+        }
+        for (int i = 0; i < chunk.steps; i++) {
+            Wide row{};
+            for (int j = 0; j < padded(i + 1); j += LANES) {
+                Wide pairs = wide(read(weights[i] + j)) * wide(read(scores[i] + j));
+                row += pairs;
+                write(change + j, read(change + j) - pairs);
+            }
+            change[i] += sum(row);
+        }
         for (int i = chunk.steps - 1; i >= 0; i--) {
-            since += double(dot(q[i], dq[i], padded(K))) - double(dot(k[i], dk[i], padded(K)));
-            int64_t step = chunk.batch * c.time + chunk.start + i;
-            c.dg[step * c.heads + head] = decay.step[i] > RESET ? float(since) : 0.f;
+            since += change[i];
+            c.dg[(chunk.batch * c.time + chunk.at(i)) * c.heads + head] = decay.step[i] <= RESET ? 0 : float(since);
         }
     }
 
@@ -302,7 +333,7 @@ class Run {
         Window w{0, int64_t(chunks.all.size()), 0, c.sequences, 0, c.key_heads, nullptr, nullptr, nullptr};
         w.states = space.take(states * (backward ? Matrix::numbers(c.V, c.K) : Matrix::numbers(c.K, c.V)));
         if (backward) w.dstates = space.take(states * Matrix::numbers(c.K, c.V));
-        w.totals = space.take(states);
+        w.totals = reinterpret_cast<Factor*>(space.take(2 * states));
         return w;
     }
     // How many windows come before a sequence, at most: one of each sequence need not be full.
@@ -334,22 +365,22 @@ public:
     int64_t numbers() const { return shared.used + own.used * c.threads; }
 
     void operator()() const {
-#pragma omp parallel num_threads(int(c.threads)) if (c.threads > 1)
-        {
+        std::atomic<int64_t> next{0};
+        with_team(c.threads, [&] {
             FlushDenormals flush;
-            Space mine{c.space + shared.used + own.used * omp_get_thread_num()};
+            Space mine{c.space + shared.used + own.used * team.thread};
             Worker worker(c, chunks, mine);
             if (c.fused) {
                 const Window w = take_window(mine);
                 const int64_t together = heads_together(c), blocks = (c.key_heads + together - 1) / together;
-#pragma omp for schedule(dynamic)
-                for (int64_t i = 0; i < c.sequences * blocks; i++) walk(worker, w, i / blocks, i % blocks * together);
+                share_as_they_come(next, c.sequences * blocks,
+                                   [&](int64_t i) { walk(worker, w, i / blocks, i % blocks * together); });
             } else if (backward) {
                 worker.backward(window, true);
             } else {
                 worker.forward(window, true);
             }
-        }
+        });
     }
 };
 

@@ -5,13 +5,13 @@
 namespace {
 
 constexpr int CHUNK = 64;  // steps in a chunk, at most
-constexpr float RESET = 9.36e-14f;  // exp(-30): a step that decays as strongly has no gate gradient
+constexpr double RESET = 9.36e-14;  // exp(-30): a step that decays as strongly has no gate gradient
 constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
 constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
-// The arguments of both operators, as host.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of both operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
 struct Call {
-    int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, fused, threads;
+    int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, fused, reverse, threads;
     double scale;
     const int64_t* offsets;        // of packed sequences, [sequences + 1]
     const float* g;                // [B, T, H]
@@ -23,12 +23,14 @@ struct Call {
     float* space;                  // as many numbers as chunk_space says
 };
 
+// Some steps in the order that they are walked: `ahead` is 1, or -1 backwards in time.
 struct Chunk {
     int64_t batch, start;
-    int steps;
+    int steps, ahead;
+    int64_t at(int i) const { return start + i * ahead; }
 };
 
-// The chunks of all sequences in order; those of sequence n are first[n] to first[n + 1].
+// The chunks of all sequences in the order of a walk; those of sequence n are first[n] to first[n + 1].
 struct Chunks {
     std::vector<Chunk> all;
     std::vector<int64_t> first{0};
@@ -36,8 +38,9 @@ struct Chunks {
     explicit Chunks(const Call& c) {
         for (int64_t n = 0; n < c.sequences; n++) {
             int64_t start = c.offsets ? c.offsets[n] : 0, end = c.offsets ? c.offsets[n + 1] : c.time;
-            for (int64_t t = start; t < end; t += c.chunk_size)
-                all.push_back({c.offsets ? 0 : n, t, int(std::min(c.chunk_size, end - t))});
+            for (int64_t i = 0; i < end - start; i += c.chunk_size)
+                all.push_back({c.offsets ? 0 : n, c.reverse ? end - 1 - i : start + i,
+                               int(std::min(c.chunk_size, end - start - i)), c.reverse ? -1 : 1});
             first.push_back(int64_t(all.size()));
         }
     }
@@ -77,8 +80,8 @@ struct Inputs {
     // For some key heads and the value heads that they serve.
     void load(const Chunk& chunk, int64_t first, int64_t last, int what) {
         auto heads = [&](const Steps& x, int per_key_head, int width, Matrix to, double factor) {
-            x.load(chunk.batch, chunk.start, first * per_key_head, chunk.steps, int(last - first) * per_key_head, width,
-                   to, Matrix::numbers(CHUNK, width), float(factor));
+            x.load(chunk.batch, chunk.start, chunk.ahead, first * per_key_head, chunk.steps,
+                   int(last - first) * per_key_head, width, to, Matrix::numbers(CHUNK, width), float(factor));
         };
         first_head = first;
         if (what & LOAD_Q) heads(c.q, 1, K, all_q, c.scale);
@@ -95,53 +98,55 @@ struct Inputs {
         o.at = all_o.at + (head - first_head * group) * Matrix::numbers(CHUNK, V);
     }
     void store(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix from, double factor = 1) const {
-        x.store(chunk.batch, chunk.start, head, chunk.steps, width, from, float(factor));
+        x.store(chunk.batch, chunk.start, chunk.ahead, head, chunk.steps, width, from, float(factor));
     }
 };
 
-// The decays in one chunk of one head.
+// The decays in one chunk of one head: products in double of the steps' factors in double, rounded once.
 struct Decay {
-    Matrix within;                      // D
-    float *step, *from_start, *to_end;  // exp(g), a, b
-    float total = 1;                    // d
+    Matrix within;                // D
+    float *from_start, *to_end;   // a, b
+    double step[CHUNK], total;    // exp(g), d
 
     explicit Decay(Space& space)
-        : within(space.matrix(CHUNK, CHUNK)),
-          step(space.take(CHUNK)),
-          from_start(space.take(CHUNK)),
-          to_end(space.take(CHUNK)) {}
+        : within(space.matrix(CHUNK, CHUNK)), from_start(space.take(CHUNK)), to_end(space.take(CHUNK)) {}
 
     void read(const Call& c, const Chunk& chunk, int64_t head) {
-        const float constant = c.g_gamma ? std::exp(c.g_gamma[head]) : 1.f;
+        const double constant = c.g_gamma ? std::exp(double(c.g_gamma[head])) : 1;
         for (int i = 0; i < chunk.steps; i++)
-            step[i] = c.g ? std::exp(c.g[(chunk.batch * c.time + chunk.start + i) * c.heads + head]) : constant;
+            step[i] = c.g ? std::exp(double(c.g[(chunk.batch * c.time + chunk.at(i)) * c.heads + head])) : constant;
         total = 1;
-        for (int i = 0; i < chunk.steps; i++) from_start[i] = total *= step[i];
-        float since = 1;
+        for (int i = 0; i < chunk.steps; i++) from_start[i] = float(total *= step[i]);
+        double since = 1;
         for (int j = chunk.steps - 1; j >= 0; j--) {
-            to_end[j] = since;
+            to_end[j] = float(since);
             since *= step[j];
         }
         for (int i = chunk.steps; i < padded(chunk.steps); i++) from_start[i] = to_end[i] = 0;
     }
 
-    // Row i of D is row i - 1, one step older, and a one on the diagonal.
+    // Row i of D is row i - 1, one step older, and a one on the diagonal; of what is above it, only zeros up to the
+    // next multiple of 16, which a gate that is NaN or infinite does not touch.
     void fill_within(int steps) {
-        int size = padded(steps);
-        std::fill(within[0], within[0] + size, 0.f);
-        within[0][0] = 1;
-        for (int i = 1; i < steps; i++) {
-            for (int j = 0; j < size; j += LANES) write(within[i] + j, ::read(within[i - 1] + j) * step[i]);
-            within[i][i] = 1;
+        double row[CHUNK];
+        for (int i = 0; i < steps; i++) {
+            const int diagonal = i / 16 * 16;
+            for (int block = 0; block < diagonal; block += 16)
+                for (int j = block; j < block + 16; j++) within[i][j] = float(row[j] *= step[i]);
+            for (int j = diagonal; j < diagonal + 16; j++) {
+                row[j] = j < i ? row[j] * step[i] : j == i;
+                within[i][j] = float(row[j]);
+            }
         }
-        for (int i = steps; i < size; i++) std::fill(within[i], within[i] + size, 0.f);
+        for (int i = steps; i < padded(steps); i++) std::fill(within[i], within[i] + padded(steps), 0.f);
     }
 };
 
 // Chunks and key heads whose states are in memory at once: all, or some of one sequence and one head.
 struct Window {
     int64_t first, last, first_sequence, last_sequence, first_head, last_head;
-    float *states, *dstates, *totals;  // before each chunk, after it, and its d
+    float *states, *dstates;  // before each chunk, after it
+    Factor* totals;           // its d
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""simple_gla on a CPU, step by step: the C++ kernel of this folder, or ATen where `host.py` says so."""
+"""simple_gla step by step on a CPU: the C++ kernel of this folder, or ATen where cpp.py says so."""
 
 from __future__ import annotations
 
@@ -9,124 +9,93 @@ import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 
 from .. import checks
+from ..call import Call, Gradients, Need, Outputs, Step
 from . import aten_recurrent
-from .chunked import scale_of
 from .cpp import gradients_of, state_of
 
 SOURCE = "simple_gla/cpu/recurrent.cpp"
 
 
-class Call(compiled.Walks):
+class Arguments(build.Walks):
     """struct Call of recurrent.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("g", "g_gamma")),
-        *((name, compiled.Steps) for name in ("q", "k", "v", "o", "state", "dq", "dk", "dv")),
+        *((name, build.Steps) for name in ("q", "k", "v", "o", "state", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("dg", "dstate")),
     )
 
 
-def forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
-):
+def forward(c: Call) -> Outputs:
     """One state for each sequence and head, updated in place at every step."""
-    library = compiled.library(SOURCE, v)
+    checks.launch(c)
+    library = build.library(SOURCE, c.v)
     if library is None:
-        options = (initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu)
-        return aten_recurrent.forward(q, k, v, g, g_gamma, scale, *options)
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
-    gates = (g, g_gamma, scale_of(q, scale), reverse)
-    _run(library.recurrent_forward, q, k, v, o, state, *gates, compiled.offsets(cu_seqlens, q))
-    if not output_final_state:
-        return o, None
-    return o, state.mT.contiguous() if state_v_first else state
+        return aten_recurrent.forward(c)
+    o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
+    state = state_of(c, c.initial_state)
+    _run(library.recurrent_forward, c, c.reverse, o, state, offsets=build.offsets(c))
+    if not c.output_final_state:
+        return Outputs(o, None)
+    return Outputs(o, state.mT.contiguous() if c.state_v_first else state)
 
 
-def backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
-):
-    """The state runs again along time, then its gradient against it. No state is kept."""
-    library = compiled.library(SOURCE, v)
+def backward(c: Call, d: Outputs, need: Need) -> Gradients:
+    """The state runs again along time, then its gradient against it. With gates, S is kept every 256 steps."""
+    library = build.library(SOURCE, c.v)
     if library is None:
-        inputs = (q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state)
-        return aten_recurrent.backward(*inputs, scale, reverse, state_v_first, output_mask)
-    need_q, need_k, need_v, need_g, need_gamma, _ = output_mask
-    dq, dk = (compiled.for_each_head(x, v) if wanted else None for wanted, x in ((need_q, q), (need_k, k)))
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format) if need_v else None
-    dg = dstate = None
-    if need_g or need_gamma:
-        dg = v.new_empty(v.shape[:3], dtype=torch.float32)
-    if any(output_mask[1:]):
-        dstate = state_of(dfinal_state, q, v, cu_seqlens, state_v_first)
-    state = state_of(initial_state, q, v, cu_seqlens, state_v_first)
-    gates = (g, g_gamma, scale_of(q, scale), reverse)
-    _run(
-        library.recurrent_backward,
-        q,
-        k,
-        v,
-        do,
-        state,
-        *gates,
-        compiled.offsets(cu_seqlens, q),
-        None,
-        dstate,
-        dq,
-        dk,
-        dv,
-        dg,
-    )
-    dq, dk = (None if d is None else compiled.sum_groups(d, x) for d, x in ((dq, q), (dk, k)))
-    return dq, dk, dv, *gradients_of(g, g_gamma, initial_state, dg, dstate, state_v_first, output_mask)
+        return aten_recurrent.backward(c, d, need)
+    dq, dk = (build.for_each_head(x, c.v) if wanted else None for wanted, x in ((need.q, c.q), (need.k, c.k)))
+    dv = torch.empty_like(c.v, memory_format=torch.contiguous_format) if need.v else None
+    dg = c.v.new_empty(c.v.shape[:3], dtype=torch.float32) if need.g or need.g_gamma else None
+    dstate = state_of(c, d.final_state) if any(need[1:]) else None
+    state = state_of(c, c.initial_state)
+    gradients = (dstate, dq, dk, dv, dg)
+    _run(library.recurrent_backward, c, c.reverse, d.o, state, *gradients, offsets=build.offsets(c))
+    dq, dk = (None if x is None else build.sum_groups(x, like) for x, like in ((dq, c.q), (dk, c.k)))
+    return dq, dk, dv, *gradients_of(c, need, dg, dstate)
 
 
-def step(q, k, v, state, g, g_gamma, scale, slots):
+def step(c: Step) -> Tensor:
     """One step for N sequences: rows of the pool updated in place."""
-    library = compiled.library(SOURCE, v, state)
+    checks.launch_step(c)
+    library = build.library(SOURCE, c.v, c.state)
     if library is None:
-        return aten_recurrent.step(q, k, v, state, g, g_gamma, scale, slots)
-    checks.launch_step(q, k, v, state, g, g_gamma, slots)
-    rows = None if slots is None else torch.tensor(valid.slot_values(slots, len(state)))
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    once = (x.unsqueeze(1) for x in (q, k, v, o))
-    scale = float(q.shape[2] ** -0.5 if scale is None else scale)
-    _run(library.recurrent_forward, *once, state, g, g_gamma, scale, False, None, rows)
+        return aten_recurrent.step(c)
+    rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)))
+    o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
+    once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), v=c.v.unsqueeze(1), scale=c.factor)
+    _run(library.recurrent_forward, once, False, o.unsqueeze(1), c.state, slots=rows)
     return o
 
 
 def _run(
     kernel: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    c: Any,
+    reverse: bool,
     o: Tensor,
     state: Tensor,
-    g: Tensor | None,
-    g_gamma: Tensor | None,
-    scale: float,
-    reverse: bool,
-    offsets: Tensor | None,
-    slots: Tensor | None = None,
     *gradients: Tensor | None,
+    offsets: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
-    """One call of recurrent.cpp; the gradients are those of the state, of q, k, v and g. Every tensor whose address it
-    gets must outlive the call: hence the names.
+    """One call of recurrent.cpp; the gradients are those of the state, of q, k, v and g.
+
+    C++ gets raw addresses, so each temporary needs a name that keeps it alive.
     """
     dstate, dq, dk, dv, dg = gradients or (None,) * 5
-    g, g_gamma = (compiled.float32(x) for x in (g, g_gamma))
-    (batch, time, key_heads, key_width), (heads, value_width) = q.shape, v.shape[2:]
+    g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
+    (batch, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
     sequences = batch if offsets is None else len(offsets) - 1
-    call = Call(
+    arguments = Arguments(
         *(time, sequences, key_heads, heads, key_width, value_width),
-        *(reverse, compiled.threads(batch * time * heads * key_width * value_width)),
-        scale,
-        *(compiled.address(x) for x in (offsets, slots, g, g_gamma)),
-        *(compiled.steps(x) for x in (q, k, v, o, state.transpose(1, 2), dq, dk, dv)),
-        *(compiled.address(x) for x in (dg, dstate)),
+        *(reverse, build.threads(batch * time * heads * key_width * value_width)),
+        c.factor,
+        *(build.address(x) for x in (offsets, slots, g, g_gamma)),
+        *(build.steps(x) for x in (c.q, c.k, c.v, o, state.transpose(1, 2), dq, dk, dv)),
+        *(build.address(x) for x in (dg, dstate)),
     )
-    kernel(ctypes.byref(call))
+    kernel(ctypes.byref(arguments))

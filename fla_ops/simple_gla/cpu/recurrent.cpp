@@ -1,13 +1,18 @@
 // simple_gla on a CPU, step by step, in float32: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t.
 //
 // One pass over the state per step, so a decode step moves the state once in and once out. The gradient walks twice:
-// along time with S for dq, then against it with the gradient of S for dk and dv; no state is kept.
+// along time with S for dq, then against it with the gradient of S for dk and dv. The gradient of the gates needs S
+// before the last of every WINDOW steps; no other state is kept.
+//
+// exp(g) enters as two floats, so that a decay near one has no bias that grows with the number of steps. S itself is
+// rounded to float32 at every step, where the chunk forms round once a chunk: that error grows with the root of the
+// number of steps that S remembers, and a recurrence that stores S in float32 can do no better.
 
 #include "common/cpu/kernels.h"
 
 namespace {
 
-// The arguments of all operators, as host_recurrent.py passes them. Pointers are null where there is nothing to pass.
+// The arguments of all operators, as cpp_recurrent.py passes them. Pointers are null where there is nothing to pass.
 struct Call : Walks {
     const float* g;          // [B, T, H]
     const float* g_gamma;    // [H]
@@ -18,23 +23,38 @@ struct Call : Walks {
     float* dstate;           // [N, H, K, V]: gradient of the final state, then of the initial one; dq needs none
 };
 
+constexpr int WINDOW = 256;  // steps over which the gates' gradient is a running sum
+constexpr int ROWS = 4;  // of a state that advance together, with one sum of outputs
 constexpr int AHEAD = 8;  // rows fetched before their turn: the processor's own prefetching ends at each page
 
-// S <- decay S + k v^T and o += S^T q, for S [K, V] with strides; `column` is a constant where S is dense. Every
-// operation is spelled out, so that both give the same bits.
-template <class T, class Stride>
-void advance(T* state, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
-             float decay, int K, int V) {
-    for (int i = 0; i < K; i++) {
-        for (int j = 0; j < V; j += 64 / int(sizeof(T))) __builtin_prefetch(state + (i + AHEAD) * row + j * column, 1);
-        T* __restrict s = state + i * row;
-        const float key = k[i], query = q[i];
+// S <- decay S + k v^T and o += S^T q, for some rows of S [K, V] with strides; `column` is a constant where S is dense.
+// Every operation is spelled out, so that all strides and numbers of rows give the same bits.
+template <int ROWS, class T, class Stride>
+void advance_rows(T* __restrict s, int64_t row, Stride column, const float* k, const float* q,
+                  const float* __restrict v, float* __restrict o, Factor decay, int V) {
 #pragma GCC ivdep
-        for (int j = 0; j < V; j++) {
-            const float next = std::fma(decay, float(s[j * column]), key * v[j]);
-            s[j * column] = next;
-            o[j] = std::fma(query, next, o[j]);
+    for (int j = 0; j < V; j++) {
+        float sum = o[j];
+        for (int i = 0; i < ROWS; i++) {
+            const float before = float(s[i * row + j * column]);
+            const float next = std::fma(decay.high, before, std::fma(decay.low, before, k[i] * v[j]));
+            s[i * row + j * column] = next;
+            sum = std::fma(q[i], next, sum);
         }
+        o[j] = sum;
+    }
+}
+
+// All rows: one after the other where S comes from memory, for one step; several at once where it is in the cache.
+template <class T, class Stride>
+void advance(bool cached, T* s, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
+             Factor decay, int K, int V) {
+    int i = 0;
+    for (; cached && i + ROWS <= K; i += ROWS)
+        advance_rows<ROWS>(s + i * row, row, column, k + i, q + i, v, o, decay, V);
+    for (; i < K; i++) {
+        for (int j = 0; j < V; j += 64 / int(sizeof(T))) __builtin_prefetch(s + (i + AHEAD) * row + j * column, 1);
+        advance_rows<1>(s + i * row, row, column, k + i, q + i, v, o, decay, V);
     }
 }
 
@@ -59,8 +79,8 @@ struct Worker {
           dstate(state[padded(K)], V) {}
 
     int64_t gate(const Walk& w, int64_t t) const { return (w.batch * c.time + t) * c.heads + w.head; }
-    float decay_of(const Walk& w, int64_t t) const {
-        return std::exp(c.g ? c.g[gate(w, t)] : c.g_gamma ? c.g_gamma[w.head] : 0.f);
+    double decay_of(const Walk& w, int64_t t) const {
+        return std::exp(double(c.g ? c.g[gate(w, t)] : c.g_gamma ? c.g_gamma[w.head] : 0));
     }
 
     void load(const Walk& w, int64_t t) {
@@ -77,58 +97,77 @@ struct Worker {
             if (slot >= 0) {
                 load(w, t);
                 c.state.row(slot, 0, w.head, [&](auto* s, auto column) {
-                    advance(s, c.state.step, column, k.at, q.at, v.at, o.at, decay_of(w, t), K, V);
+                    advance(w.steps > 1, s, c.state.step, column, k.at, q.at, v.at, o.at, Factor(decay_of(w, t)), K, V);
                 });
             }
             c.o.store_row(w.batch, t, w.head, V, o.at);
         }
     }
 
-    // With P the running sum of g, dP_t = q_t . dq_t - k_t . dk_t, and <S, dS> of the final state after the last step;
-    // dg_t is the sum of dP from t on.
+    // dg_t = <exp(g_t) S_{t-1}, dS_t>, where dS_t = exp(g_{t+1}) dS_{t+1} + q_t do_t^T. From t + 1 to t it changes by
+    //
+    //     exp(g_t) q_t^T S_{t-1} do_t - exp(g_{t+1}) k_t^T dS_{t+1} v_t
+    //
+    // neither of which holds what step t writes and reads itself: they are as small as dg. At the last step of every
+    // window the sum begins afresh, with the product itself.
     void backward(const Walk& w) {
-        std::vector<float> along(w.steps);  // q_t . dq_t
-        double since = 0;
-        if (c.dstate)
-            for (int i = 0; i < K; i++) std::copy_n(dstate_of(w) + i * V, V, dstate[i]);
+        std::vector<float> reads(w.steps);  // exp(g_t) q_t^T S_{t-1} do_t
+        std::vector<float> kept(c.dg ? (w.steps + WINDOW - 1) / WINDOW * Matrix::numbers(K, V) : 0);
+        auto ends = [&](int64_t i) { return c.dg && (i % WINDOW == WINDOW - 1 || i == w.steps - 1); };
+        auto before = [&](int64_t i) { return Matrix(kept.data() + i / WINDOW * Matrix::numbers(K, V), V); };
         if (c.dq.data || c.dg) {
             for (int i = 0; i < K; i++) c.state.load_row(w.sequence, i, w.head, V, state[i]);
-            for (int64_t i = 0; i < w.steps; i++) along[i] = dq_of(w, w.at(i));
+            for (int64_t i = 0; i < w.steps; i++) {
+                if (ends(i)) std::copy_n(state[0], Matrix::numbers(K, V), before(i)[0]);
+                reads[i] = dq_of(w, w.at(i));
+            }
         }
-        if (c.dg)
-            for (int i = 0; i < K; i++) since += dot(state[i], dstate[i], padded(V));
         if (!c.dstate) return;
+        for (int i = 0; i < K; i++) {
+            std::copy_n(dstate_of(w) + i * V, V, dstate[i]);
+            std::fill(dstate[i] + V, dstate[i] + padded(V), 0.f);
+        }
+        double since = 0, decay = 1;  // of the step after
         for (int64_t i = w.steps - 1; i >= 0; i--) {
             const int64_t t = w.at(i);
-            const float decay = decay_of(w, t);
-            since += along[i] - dk_and_dv_of(w, t, decay);
-            if (c.dg) c.dg[gate(w, t)] = decay > 0 ? float(since) : 0.f;
+            since += double(reads[i]) - dk_and_dv_of(w, t, Factor(decay));
+            decay = decay_of(w, t);
+            if (ends(i)) {
+                since = 0;
+                for (int j = 0; j < K; j++) since += dot(before(i)[j], dstate[j], padded(V));
+                since *= decay;
+            }
+            if (c.dg) c.dg[gate(w, t)] = decay == 0 ? 0 : float(since);
         }
-        for (int i = 0; i < K; i++) std::copy_n(dstate[i], V, dstate_of(w) + i * V);
+        const Factor first(decay);
+        for (int i = 0; i < K; i++)
+            for (int j = 0; j < V; j++) dstate_of(w)[i * V + j] = first.times(dstate[i][j]);
     }
 
     float* dstate_of(const Walk& w) const { return c.dstate + (w.sequence * c.heads + w.head) * K * V; }
 
-    // S <- decay S + k v^T, dq = S do. Returns q . dq.
+    // S <- decay S + k v^T, dq = S do. Returns decay q^T S do of the S before.
     float dq_of(const Walk& w, int64_t t) {
         load(w, t);
         c.o.load_row(w.batch, t, w.head, V, o.at);
-        const float decay = decay_of(w, t);
+        const Factor decay(decay_of(w, t));
         for (int i = 0; i < K; i++) {
             Vector sum{};
             for (int j = 0; j < V; j += LANES) {
-                Vector next = decay * read(state[i] + j) + k.at[i] * read(v.at + j);
-                write(state[i] + j, next);
-                sum += next * read(o.at + j);
+                Vector before = read(state[i] + j);
+                write(state[i] + j, decay.times_plus(before, k.at[i] * read(v.at + j)));
+                sum += before * read(o.at + j);
             }
-            row.at[i] = ::sum(sum);
+            row.at[i] = decay.high * ::sum(sum);
         }
+        const float reads = dot(q.at, row.at, padded(K)), own = dot(v.at, o.at, padded(V));
+        for (int i = 0; i < K; i++) row.at[i] += k.at[i] * own;
         if (c.dq.data) c.dq.store_row(w.batch, t, w.head, K, row.at, float(c.scale));
-        return dot(q.at, row.at, padded(K));
+        return reads;
     }
 
-    // dS <- dS + q do^T, dk = dS v, dv = dS^T k, dS <- decay dS. Returns k . dk.
-    float dk_and_dv_of(const Walk& w, int64_t t, float decay) {
+    // dS <- decay dS + q do^T, dk = dS v, dv = dS^T k. Returns decay k^T dS v of the dS before.
+    float dk_and_dv_of(const Walk& w, int64_t t, Factor decay) {
         load(w, t);
         c.o.load_row(w.batch, t, w.head, V, o.at);
         Matrix dv = state;  // of no more use
@@ -136,16 +175,18 @@ struct Worker {
         for (int i = 0; i < K; i++) {
             Vector sum{};
             for (int j = 0; j < V; j += LANES) {
-                Vector now = read(dstate[i] + j) + q.at[i] * read(o.at + j);
-                sum += now * read(v.at + j);
+                Vector before = read(dstate[i] + j), now = decay.times_plus(before, q.at[i] * read(o.at + j));
+                write(dstate[i] + j, now);
+                sum += before * read(v.at + j);
                 write(dv[0] + j, read(dv[0] + j) + k.at[i] * now);
-                write(dstate[i] + j, decay * now);
             }
-            row.at[i] = ::sum(sum);
+            row.at[i] = decay.high * ::sum(sum);
         }
+        const float writes = dot(k.at, row.at, padded(K)), own = dot(v.at, o.at, padded(V));
+        for (int i = 0; i < K; i++) row.at[i] += q.at[i] * own;
         if (c.dk.data) c.dk.store_row(w.batch, t, w.head, K, row.at);
         if (c.dv.data) c.dv.store_row(w.batch, t, w.head, V, dv[0]);
-        return dot(k.at, row.at, padded(K));
+        return writes;
     }
 };
 

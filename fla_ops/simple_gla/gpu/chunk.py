@@ -13,12 +13,13 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.gates import block_decay, gate
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
+from ..call import Call, Outputs
 from .chunk_backward import backward
 from .chunk_states import chunk_states
 
@@ -52,35 +53,36 @@ def chunk_output_kernel(
         at, inside = state_tile(row * H + head, key, block * BV, K, V, BK, BV, False)
         scores += dot(queries, tl.trans(keys), PRECISION)
         out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
-    decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    decay, from_start, _, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
     out = out * from_start[:, None] + dot(nearest(scores * decay, values.dtype), values, PRECISION)
     store_rows(o, out * scale, first, steps, block * BV, H, V, BT, BV)
 
 
-def forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
-):
+def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    refuse_float64(q)
+    checks.launch(c)
+    refuse_float64(c.q)
+    if c.reverse:
+        return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
+    check_offsets(c)
+    c = contiguous(c)
+    q, k, v, cu_seqlens = c.q, c.k, c.v, c.cu_seqlens
     batch, time, key_heads, key_width = q.shape
     heads, value_width = v.shape[2:]
-    check_offsets(cu_seqlens, time)
-    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
-    decay = gate(g, g_gamma)
+    decay = gate(c)
     entry = launch.entry("chunk_output", q, key_width, value_width)
-    index = chunk_index.build(batch, time, cu_seqlens, min(chunk_size, entry["BT"]))
+    index = chunk_index.build(batch, time, cu_seqlens, min(c.chunk_size, entry["BT"]))
 
-    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
-    states = chunk_states(index, k, v, decay, initial_state, final, state_v_first, cu_seqlens)
+    final = final_state(c)
+    states = chunk_states(index, k, v, decay, c.initial_state, final, c.state_v_first, cu_seqlens)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(
         chunk_output_kernel,
         index.rows * heads * triton.cdiv(value_width, value_block),
         q, k, v, decay[0], states, o, cu_seqlens, index.sequence, index.ends,
-        scale_of(q, scale), time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        c.factor, time, packed_sequences(cu_seqlens),
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
         DECAY=decay[1], PRECISION=launch.precision(entry), **launch.options(entry),
     )

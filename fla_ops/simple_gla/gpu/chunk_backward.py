@@ -23,12 +23,13 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import contiguous, scale_of
+from fla_ops.common.gpu.arguments import contiguous, packed_sequences
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.gates import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
+from ..call import Call, Need, Outputs, turned_gradients
 from .chunk_states import chunk_states
 
 
@@ -132,7 +133,7 @@ def chunk_backward_kernel(
     v += head * V
     do += head * V
     matrix = row * H + head
-    decay, from_start, to_end, total = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    decay, from_start, to_end, total, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     if dv is not None:
         value_gradient(
             q, k, do, dstates, dv + head * V, decay, to_end, scale, matrix, first, steps,
@@ -152,47 +153,46 @@ def chunk_backward_kernel(
             tl.store(dg + (first + t) * H + head, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
 
 
-def backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
-):
-    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
+def backward(c: Call, d: Outputs, need: Need):
+    """The gradients that are needed, each in its input's dtype."""
+    if c.reverse:
+        packed = c.cu_seqlens is not None
+        return turned_gradients(backward(c.turned(), d.turned(packed), need), packed)
+    c, d = contiguous(c), contiguous(d)
+    q, k, v, do, cu_seqlens = c.q, c.k, c.v, d.o, c.cu_seqlens
     batch, time, key_heads, key_width = q.shape
     heads, value_width = v.shape[2:]
-    q, k, v, do, dfinal_state, initial_state, cu_seqlens = contiguous(
-        q, k, v, do, dfinal_state, initial_state, cu_seqlens
-    )
-    scale, decay, need_gate = scale_of(q, scale), gate(g, g_gamma), need_g or need_gamma
+    decay, need_gate = gate(c), need.g or need.g_gamma
     entry = launch.entry("chunk_backward", q, key_width, value_width)
-    index = chunk_index.build(batch, time, cu_seqlens, min(chunk_size, entry["BT"]))
+    index = chunk_index.build(batch, time, cu_seqlens, min(c.chunk_size, entry["BT"]))
 
     states = dstates = dstate = None
-    if need_q or need_gate:
-        states = chunk_states(index, k, v, decay, initial_state, None, state_v_first, cu_seqlens)
-    keep = need_k or need_v or need_gate
-    if keep or need_state:
-        dstate = torch.empty_like(initial_state) if need_state else None
+    if need.q or need_gate:
+        states = chunk_states(index, k, v, decay, c.initial_state, None, c.state_v_first, cu_seqlens)
+    keep = need.k or need.v or need_gate
+    if keep or need.initial_state:
+        dstate = torch.empty_like(c.initial_state) if need.initial_state else None
         dstates = chunk_states(
-            index, q, do, decay, dfinal_state, dstate, state_v_first, cu_seqlens, scale, reverse=True, keep=keep
+            index, q, do, decay, d.final_state, dstate, c.state_v_first, cu_seqlens, c.factor, reverse=True, keep=keep
         )
-    dq, dk = (per_value_head(q, heads) if need else None for need in (need_q, need_k))
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
-    dg = v.new_empty((batch, time, heads), dtype=g.dtype if need_g else torch.float32) if need_gate else None
-    if need_q or keep:
+    dq, dk = (per_value_head(q, heads) if wanted else None for wanted in (need.q, need.k))
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
+    dg = v.new_empty((batch, time, heads), dtype=c.g.dtype if need.g else torch.float32) if need_gate else None
+    if need.q or keep:
         key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
         launch.run(
             chunk_backward_kernel,
             index.rows * heads,
             q, k, v, do, decay[0], states, dstates, dq, dk, dv, dg, cu_seqlens, index.sequence, index.ends,
-            scale, time, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+            c.factor, time, packed_sequences(cu_seqlens),
             H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
             DECAY=decay[1], PRECISION=launch.precision(entry), **launch.options(entry),
         )
     return (
-        group_sum(dq, q) if need_q else None,
-        group_sum(dk, k) if need_k else None,
+        group_sum(dq, q) if need.q else None,
+        group_sum(dk, k) if need.k else None,
         dv,
-        dg if need_g else None,
-        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dg if need.g else None,
+        dg.sum((0, 1)).to(c.g_gamma.dtype) if need.g_gamma else None,
         dstate,
     )

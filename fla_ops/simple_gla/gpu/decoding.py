@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 
 from fla_ops import launch
-from fla_ops.common.gpu.arguments import contiguous, refuse_float64, scale_of
-from fla_ops.common.gpu.gates import gate
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
+from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
 from fla_ops.common.gpu.tiles import nearest, split_program, store_back
 
 from .. import checks
+from ..call import Step
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -35,11 +36,11 @@ def decoding_kernel(
             nothing = tl.where(slot == -1, 0.0, float("nan"))
             tl.store(at_o, tl.zeros([BV], tl.float32) + nothing, mask=in_value)
             return
-    decay = 1.0
+    decay, rest = 1.0, 0.0
     if DECAY == "step":
-        decay = tl.exp(tl.load(g + n * H + head).to(tl.float32))
+        decay, rest = factor(tl.load(g + n * H + head).to(tl.float32) * LOG2E)
     elif DECAY == "head":
-        decay = tl.exp(tl.load(g + head).to(tl.float32))
+        decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
     values = tl.load(v + (n * H + head) * V + value, mask=in_value, other=0.0).to(tl.float32)
     at_key = (n * HK + head // (H // HK)) * K
     at_state = state + slot * stride_p + head.to(tl.int64) * stride_h
@@ -50,20 +51,22 @@ def decoding_kernel(
         keys = tl.load(k + at_key + key, mask=key < K, other=0.0).to(tl.float32)
         inside = (key < K)[:, None] & in_value[None, :]
         at = at_state + key[:, None].to(tl.int64) * stride_k + value[None, :].to(tl.int64) * stride_v
-        tile = tl.load(at, mask=inside, other=0.0).to(tl.float32) * decay + keys[:, None] * values[None, :]
+        tile = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tile = advance(tile, decay, rest, keys[:, None] * values[None, :], DECAY)
         store_back(at, tile, inside)
         out += tl.sum(tile * queries[:, None], 0)
     tl.store(at_o, nearest(out * scale, o.dtype.element_ty), mask=in_value)
 
 
-def step(q, k, v, state, g, g_gamma, scale, slots):
+def step(c: Step):
     """o [N, H, V] in v's dtype; row slots[n] of state [P, H, K, V] is updated for sequence n."""
-    checks.launch_step(q, k, v, state, g, g_gamma, slots)
-    refuse_float64(q)
+    checks.launch_step(c)
+    refuse_float64(c.q)
+    c = contiguous(c, but=("state",))
+    q, v, state = c.q, c.v, c.state
     sequences, key_heads, key_width = q.shape
     heads, value_width = v.shape[1:]
-    q, k, v, slots = contiguous(q, k, v, slots)
-    decay = gate(g, g_gamma)
+    decay = gate(c)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     entry = launch.entry("decoding", q, key_width, value_width)
     key_block, value_block = (
@@ -72,7 +75,7 @@ def step(q, k, v, state, g, g_gamma, scale, slots):
     launch.run(
         decoding_kernel,
         sequences * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], state, o, slots, *state.stride(), scale_of(q, scale), state.shape[0],
+        q, c.k, v, decay[0], state, o, c.slots, *state.stride(), c.factor, state.shape[0],
         H=heads, HK=key_heads, K=key_width, V=value_width, BK=key_block, BV=value_block,
         DECAY=decay[1], **launch.options(entry),
     )

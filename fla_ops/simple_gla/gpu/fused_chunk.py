@@ -18,13 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64
 from fla_ops.common.gpu.chunk_index import sequence_bounds
-from fla_ops.common.gpu.gates import block_decay, gate
+from fla_ops.common.gpu.gates import block_decay, decayed, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
+from ..call import Call, Need, Outputs, turned_gradients
 from . import chunk
 
 
@@ -59,9 +60,9 @@ def fused_chunk_kernel(
             queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
             out = dot(queries, nearest(state, queries.dtype), PRECISION)
             scores = dot(queries, tl.trans(keys), PRECISION)
-        decay, enter, leave, total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
+        decay, enter, leave, total, rest = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         written = nearest(values * (leave * write_scale)[:, None], values.dtype)
-        state = state * total + dot(tl.trans(keys), written, PRECISION)
+        state = decayed(state, total, rest, DECAY) + dot(tl.trans(keys), written, PRECISION)
         if o is not None:
             scores = nearest(scores * (decay * write_scale), values.dtype)
             out = out * enter[:, None] + dot(scores, values, PRECISION)
@@ -102,55 +103,48 @@ def walk(
     )
 
 
-def forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size
-):
+def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu, chunk_size)
-    refuse_float64(q)
-    if not launch.covers("fused_chunk", q, q.shape[3]):
-        return chunk.forward(
-            q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu,
-            chunk_size,
-        )
-    check_offsets(cu_seqlens, q.shape[1])
-    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
-    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    checks.launch(c)
+    refuse_float64(c.q)
+    if c.reverse:
+        return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
+    if not launch.covers("fused_chunk", c.q, c.q.shape[3]):
+        return chunk.forward(c)
+    check_offsets(c)
+    c = contiguous(c)
+    final = final_state(c)
+    o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)
     walk(
-        q, k, v, gate(g, g_gamma), cu_seqlens, chunk_size,
-        initial=initial_state, o=o, final=final, transposed=state_v_first, read_scale=scale_of(q, scale),
+        c.q, c.k, c.v, gate(c), c.cu_seqlens, c.chunk_size,
+        initial=c.initial_state, o=o, final=final, transposed=c.state_v_first, read_scale=c.factor,
     )
     return o, final
 
 
-def backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size, output_mask
-):
-    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
-    if need_g or need_gamma or not launch.covers("fused_chunk", q, max(q.shape[3], v.shape[3])):
-        return chunk.backward(
-            q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, state_v_first, chunk_size,
-            output_mask,
-        )
-    q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
-        q, k, v, do, initial_state, dfinal_state, cu_seqlens
-    )
-    heads, scale, sequences = v.shape[2], scale_of(q, scale), (gate(g, g_gamma), cu_seqlens, chunk_size)
-    dq, dk = (per_value_head(q, heads) if need else None for need in (need_q, need_k))
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
-    dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
-    if need_q:
-        walk(do, v, k, *sequences, initial=initial_state, o=dq, transposed=not state_v_first, read_scale=scale)
-    past = {"initial": dfinal_state, "write_scale": scale, "reverse": True}
-    if need_v or need_state:
-        walk(k, q, do, *sequences, o=dv, final=dstate, transposed=state_v_first, **past)
-    if need_k:
-        walk(v, do, q, *sequences, o=dk, transposed=not state_v_first, **past)
+def backward(c: Call, d: Outputs, need: Need):
+    """The gradients that are needed, each in its input's dtype."""
+    if c.reverse:
+        packed = c.cu_seqlens is not None
+        return turned_gradients(backward(c.turned(), d.turned(packed), need), packed)
+    if need.g or need.g_gamma or not launch.covers("fused_chunk", c.q, max(c.q.shape[3], c.v.shape[3])):
+        return chunk.backward(c, d, need)
+    c, d = contiguous(c), contiguous(d)
+    q, k, v, do, initial = c.q, c.k, c.v, d.o, c.initial_state
+    heads, turned, sequences = v.shape[2], not c.state_v_first, (gate(c), c.cu_seqlens, c.chunk_size)
+    dq, dk = (per_value_head(q, heads) if wanted else None for wanted in (need.q, need.k))
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
+    dstate = torch.empty(initial.shape, dtype=initial.dtype, device=v.device) if need.initial_state else None
+    if need.q:
+        walk(do, v, k, *sequences, initial=initial, o=dq, transposed=turned, read_scale=c.factor)
+    past = {"initial": d.final_state, "write_scale": c.factor, "reverse": True}
+    if need.v or need.initial_state:
+        walk(k, q, do, *sequences, o=dv, final=dstate, transposed=c.state_v_first, **past)
+    if need.k:
+        walk(v, do, q, *sequences, o=dk, transposed=turned, **past)
     return (
-        group_sum(dq, q) if need_q else None,
-        group_sum(dk, k) if need_k else None,
+        group_sum(dq, q) if need.q else None,
+        group_sum(dk, k) if need.k else None,
         dv,
         None,
         None,

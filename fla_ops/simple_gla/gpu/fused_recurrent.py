@@ -8,8 +8,12 @@ gradient of the state as the state. That one decays on leaving a step, not on en
 
     dS_t = exp(g_{t+1}) dS_{t+1} + scale q_t do_t^T
 
-For the gates' gradient the walk for dq keeps the state at the end of every BT steps, and the walk for dk takes its
-product with the gradient that arrives there.
+For the gates' gradient, dg_t = exp(g_t) <S_{t-1}, dS_t>, the walk for dq keeps the state before the last of every BT
+steps, and the walk for dk takes its product with dS there. From step t + 1 to t it changes by
+
+    scale exp(g_t) q_t^T S_{t-1} do_t - exp(g_{t+1}) k_t^T dS_{t+1} v_t
+
+of which each walk computes one: without what step t writes and reads itself, so that they are as small as dg.
 """
 
 from __future__ import annotations
@@ -30,15 +34,15 @@ from fla_ops.common.gpu.arguments import (
     final_state,
     refuse_float64,
     refuse_width,
-    scale_of,
 )
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import gate
+from fla_ops.common.gpu.gates import LOG2E, advance, decayed, factor, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
 
 from .. import checks
-from .gate_gradient import gate_gradient
+from ..call import Call, Need, Outputs
+from .gate_gradient import windowed_gate_gradient
 
 
 @triton.jit
@@ -52,6 +56,7 @@ def fused_recurrent_kernel(
     q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
     initial, o, final,                      # [N, H, K, V] or TRANSPOSED [N, H, V, K], [B, T, H, V], as initial
     kept, products,                         # [rows, H, K, V], [rows, H, value blocks]; kept is written without products
+    probe, passing,                         # as v, [B, T, H, value blocks]: with o without a step's own part
     cu_seqlens, chunk_ends,                 # [N + 1], [N]
     read_scale, write_scale, T,             # on what is read from the state, and on what is written to it
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -66,17 +71,41 @@ def fused_recurrent_kernel(
     q += head // (H // HQ) * K + key
     k += head // (H // HK) * K + key
     v += head // (H // HV) * V + value
+    if passing is not None:
+        probe += head // (H // HV) * V + value
 
     state = tl.zeros([BK, BV], tl.float32)
     at, inside = state_tile(n * H + head, 0, block * BV, K, V, BK, BV, TRANSPOSED)
     if initial is not None:
         state += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
-    decay = 1.0
-    if DECAY == "head":
-        decay = tl.exp(tl.load(g + head).to(tl.float32))
+    decay, rest = 1.0, 0.0
+    if DECAY == "head" and not DECAY_LAST:
+        decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
     for i in range(length):
         step = length - 1 - i if REVERSE else i
         t = start + step
+        if DECAY == "step" and not DECAY_LAST:
+            decay, rest = factor(tl.load(g + t * H + head).to(tl.float32) * LOG2E)
+        if kept is not None and products is None:
+            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
+            if edge:
+                at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
+                tl.store(kept + at_kept, state, mask=there)
+        keys = tl.load(k + t * (HK * K), mask=in_key, other=0.0).to(tl.float32) * write_scale
+        values = tl.load(v + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
+        if o is not None or passing is not None:
+            queries = tl.load(q + t * (HQ * K), mask=in_key, other=0.0).to(tl.float32) * read_scale
+        if passing is not None:
+            out = tl.sum(state * queries[:, None], 0) * decay
+            probes = tl.load(probe + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
+            tl.store(passing + (t * H + head) * ((V + BV - 1) // BV) + block, tl.sum(out * probes, 0))
+            out += tl.sum(keys * queries, 0) * values
+            if o is not None:
+                tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
+        state = advance(state, decay, rest, keys[:, None] * values[None, :], DECAY)
+        if o is not None and passing is None:
+            out = tl.sum(state * queries[:, None], 0)
+            tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
         if products is not None:
             edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
             if edge:
@@ -84,24 +113,13 @@ def fused_recurrent_kernel(
                 at_kept, there = state_tile(chunk, 0, block * BV, K, V, BK, BV, False)
                 product = tl.sum(tl.sum(state * tl.load(kept + at_kept, mask=there, other=0.0), 1), 0)
                 tl.store(products + chunk * ((V + BV - 1) // BV) + block, product)
-        if DECAY == "step":
-            decay = tl.exp(tl.load(g + t * H + head).to(tl.float32))
-        keys = tl.load(k + t * (HK * K), mask=in_key, other=0.0).to(tl.float32) * write_scale
-        values = tl.load(v + t * (HV * V), mask=in_value, other=0.0).to(tl.float32)
-        if not DECAY_LAST:
-            state *= decay
-        state += keys[:, None] * values[None, :]
-        if o is not None:
-            queries = tl.load(q + t * (HQ * K), mask=in_key, other=0.0).to(tl.float32) * read_scale
-            out = tl.sum(state * queries[:, None], 0)
-            tl.store(o + (t * H + head) * V + value, nearest(out, o.dtype.element_ty), mask=in_value)
-        if kept is not None and products is None:
-            edge = at_edge(step, length, BT, REVERSE != DECAY_LAST)
-            if edge:
-                at_kept, there = state_tile((row + step // BT) * H + head, 0, block * BV, K, V, BK, BV, False)
-                tl.store(kept + at_kept, state, mask=there)
         if DECAY_LAST:
-            state *= decay
+            if DECAY == "step":
+                decay, rest = factor(tl.load(g + t * H + head).to(tl.float32) * LOG2E)
+            elif DECAY == "head":
+                decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
+    if DECAY_LAST:
+        state = decayed(state, decay, rest, DECAY)
     if final is not None:
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
@@ -123,11 +141,14 @@ def walk(
     index: ChunkIndex | None = None,
     kept: Tensor | None = None,
     products: Tensor | None = None,
+    probe: Tensor | None = None,
+    passing: Tensor | None = None,
 ) -> None:
     """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K].
 
-    kept [rows, H, K, V] receives the state at the end of each of the index's chunks, or, with products
-    [rows, H, value blocks], holds what to multiply with there.
+    kept [rows, H, K, V] receives the state before the last step of each of the index's chunks, or, with products
+    [rows, H, value blocks], holds what to multiply with after it. passing [B, T, H, value blocks] receives the product
+    of probe, which is like v, with o as it is without what the step itself writes.
     """
     batch, time, _, key_width = k.shape
     value_width = v.shape[3]
@@ -137,7 +158,7 @@ def walk(
     launch.run(
         fused_recurrent_kernel,
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], initial, o, final, kept, products,
+        q, k, v, decay[0], initial, o, final, kept, products, probe, passing,
         cu_seqlens, None if index is None else index.ends, read_scale, write_scale, time,
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
         BT=64 if index is None else index.size, BK=launch.block(WIDEST, key_width), BV=value_block,
@@ -150,66 +171,60 @@ def _value_block(q: Tensor, key_width: int, value_width: int) -> int:
     return min(entry["BV"], triton.next_power_of_2(value_width))
 
 
-def forward(
-    q, k, v, g, g_gamma, scale, initial_state, output_final_state, reverse, state_v_first, cu_seqlens, cu_seqlens_cpu
-):
+def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(q, k, v, g, g_gamma, initial_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
-    refuse_float64(q)
-    refuse_width("K", q.shape[3])
-    check_offsets(cu_seqlens, q.shape[1])
-    q, k, v, initial_state, cu_seqlens = contiguous(q, k, v, initial_state, cu_seqlens)
-    final = final_state(q, v, cu_seqlens, state_v_first) if output_final_state else None
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    checks.launch(c)
+    refuse_float64(c.q)
+    refuse_width("K", c.q.shape[3])
+    check_offsets(c)
+    c = contiguous(c)
+    final = final_state(c)
+    o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)
     walk(
-        q, k, v, gate(g, g_gamma), cu_seqlens, reverse,
-        initial=initial_state, o=o, final=final, transposed=state_v_first, read_scale=scale_of(q, scale),
+        c.q, c.k, c.v, gate(c), c.cu_seqlens, c.reverse,
+        initial=c.initial_state, o=o, final=final, transposed=c.state_v_first, read_scale=c.factor,
     )
     return o, final
 
 
-def backward(
-    q, k, v, g, g_gamma, initial_state, cu_seqlens, do, dfinal_state, scale, reverse, state_v_first, output_mask
-):
-    """The gradients that output_mask asks for (q, k, v, g, g_gamma, initial_state), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_gamma, need_state = output_mask
-    need_gate = need_g or need_gamma
-    refuse_width("V", v.shape[3])
-    q, k, v, do, initial_state, dfinal_state, cu_seqlens = contiguous(
-        q, k, v, do, initial_state, dfinal_state, cu_seqlens
-    )
-    heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
+def backward(c: Call, d: Outputs, need: Need):
+    """The gradients that are needed, each in its input's dtype."""
+    need_gate = need.g or need.g_gamma
+    refuse_width("V", c.v.shape[3])
+    c, d = contiguous(c), contiguous(d)
+    q, k, v, do, initial, cu_seqlens = c.q, c.k, c.v, d.o, c.initial_state, c.cu_seqlens
+    heads, turned, decay = v.shape[2], not c.state_v_first, gate(c)
     dq = dk = dg = None
     keep: dict[str, Any] = {}
     if need_gate:
-        # Inside a chunk rounding adds up, and a gate that all steps share sums it once more.
-        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 16 if need_gamma else 64)
+        index = chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, 64)
         kept = torch.empty(index.rows, heads, v.shape[3], q.shape[3], dtype=torch.float32, device=v.device)
         parts = triton.cdiv(q.shape[3], _value_block(q, v.shape[3], q.shape[3]))
         products = torch.empty(index.rows, heads, parts, dtype=torch.float32, device=v.device)
-        keep = {"index": index, "kept": kept}
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
-    dstate = torch.empty(initial_state.shape, dtype=initial_state.dtype, device=v.device) if need_state else None
-    if need_q or need_gate:
-        dq = per_value_head(q, heads, exact=need_gate)
-        past = {"initial": initial_state, "transposed": not state_v_first, "read_scale": scale}
-        walk(do, v, k, decay, cu_seqlens, reverse, o=dq, **past, **keep)
-    past = {"initial": dfinal_state, "write_scale": scale, "decay_last": True}
-    if need_v or need_state:
-        walk(k, q, do, decay, cu_seqlens, not reverse, o=dv, final=dstate, transposed=state_v_first, **past)
+        reads, writes = (torch.empty(*v.shape[:3], parts, dtype=torch.float32, device=v.device) for _ in range(2))
+        keep = {"index": index, "kept": kept, "probe": q, "passing": reads}
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
+    dstate = torch.empty(initial.shape, dtype=initial.dtype, device=v.device) if need.initial_state else None
+    if need.q or need_gate:
+        dq = per_value_head(q, heads) if need.q else None
+        past = {"initial": initial, "transposed": turned, "read_scale": c.factor}
+        walk(do, v, k, decay, cu_seqlens, c.reverse, o=dq, **past, **keep)
+    past = {"initial": d.final_state, "write_scale": c.factor, "decay_last": True}
+    if need.v or need.initial_state:
+        walk(k, q, do, decay, cu_seqlens, not c.reverse, o=dv, final=dstate, transposed=c.state_v_first, **past)
     if need_gate:
-        keep["products"] = products
-    if need_k or need_gate:
-        dk = per_value_head(q, heads, exact=need_gate)
-        walk(v, do, q, decay, cu_seqlens, not reverse, o=dk, transposed=not state_v_first, **past, **keep)
+        keep |= {"products": products, "probe": k, "passing": writes}
+    if need.k or need_gate:
+        dk = per_value_head(q, heads) if need.k else None
+        walk(v, do, q, decay, cu_seqlens, not c.reverse, o=dk, transposed=turned, **past, **keep)
     if need_gate:
-        dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, index, products, cu_seqlens, reverse, dtype)
+        dtype = c.g.dtype if need.g else torch.float32
+        dg = windowed_gate_gradient(reads, writes, products, decay, index, cu_seqlens, c.reverse, dtype)
     return (
-        group_sum(dq, q) if need_q else None,
-        group_sum(dk, k) if need_k else None,
+        group_sum(dq, q) if need.q else None,
+        group_sum(dk, k) if need.k else None,
         dv,
-        dg if need_g else None,
-        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dg if need.g else None,
+        dg.sum((0, 1)).to(c.g_gamma.dtype) if need.g_gamma else None,
         dstate,
     )

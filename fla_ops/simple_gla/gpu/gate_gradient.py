@@ -1,10 +1,15 @@
-"""The gradient of scalar gates from those of queries and keys.
+"""The gradient of scalar gates.
+
+Where no states are known, from those of queries and keys, over one sequence:
 
     dg_t = sum_{s >= t} (q_s . dq_s - k_s . dk_s)
 
-over one sequence, or over the rest of a chunk plus <S, dS> at its end, where that is known: then no rounding adds up
-along the sequence. With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a chunk ends at its
-first step.
+From the walks of the recurrent form, which know how it changes from step to step, and <S, dS> around the last step e of
+every window; so no rounding adds up along the sequence:
+
+    dg_t = exp(g_e) <S_{e-1}, dS_e> + sum_{t <= s < e} (reads_s - writes_s)
+
+With REVERSE the sequence ran backwards in time: the sum runs over s <= t, and a window ends at its first step.
 """
 
 from __future__ import annotations
@@ -23,11 +28,8 @@ from fla_ops.common.gpu.tiles import load_rows, nearest, split_program
 @triton.jit(do_not_specialize=["T"])
 def gate_gradient_kernel(
     q, k, dq, dk, g,                        # [B, T, HK, K] x 2, [B, T, H, K] x 2, [B, T, H] or [H]
-    ends, dg,                               # [rows, H, PARTS], [B, T, H]
-    cu_seqlens, chunk_ends,                 # [N + 1], [N]
-    T,
-    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    dg, cu_seqlens, T,                      # [B, T, H], [N + 1]
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
 ):
     n, head, _ = split_program(1, H)
     start, length = sequence_bounds(n, cu_seqlens, T)
@@ -37,15 +39,10 @@ def gate_gradient_kernel(
     dk += head * K
 
     beyond = 0.0
-    row = first_row(n, chunk_ends, T, BT)
     chunks = tl.cdiv(length, BT)
     for c in range(chunks):
-        i = c if REVERSE else chunks - 1 - c
+        i = chunks - 1 - c
         first, steps = start + i * BT, length - i * BT
-        if ends is not None:
-            beyond = 0.0
-            for part in range(PARTS):
-                beyond += tl.load(ends + ((row + i) * H + head) * PARTS + part)
         change = tl.zeros([BT], tl.float32)
         for key in range(0, K, BK):
             read = load_rows(q, first, steps, key, HK, K, BT, BK).to(tl.float32)
@@ -54,7 +51,7 @@ def gate_gradient_kernel(
             written *= load_rows(dk, first, steps, key, H, K, BT, BK)
             change += tl.sum(read - written, 1)
         reset = load_log_decay(g, first, steps, head, H, BT, DECAY) <= RESET
-        dlog_decay = tl.where(reset, 0.0, beyond + tl.cumsum(change, 0, reverse=not REVERSE))
+        dlog_decay = tl.where(reset, 0.0, beyond + tl.cumsum(change, 0, reverse=True))
         t = tl.arange(0, BT)
         tl.store(dg + (first + t) * H + head, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
         beyond += tl.sum(change, 0)
@@ -67,23 +64,70 @@ def gate_gradient(
     dk: Tensor,
     gate: tuple[Tensor | None, str],
     index: ChunkIndex,
-    ends: Tensor | None,
     cu_seqlens: Tensor | None,
-    reverse: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dg [B, T, H] in `dtype`, from float32 gradients [B, T, H, K] of each value head's queries and keys.
-
-    ends [rows, H, parts] is <S, dS> at the end of each of the index's chunks, in parts.
-    """
+    """dg [B, T, H] in `dtype`, from float32 gradients [B, T, H, K] of each value head's queries and keys."""
     batch, time, heads, key_width = dq.shape
     dg = torch.empty((batch, time, heads), dtype=dtype, device=dq.device)
     entry = launch.entry("gate_gradient", q, key_width, key_width)
     launch.run(
         gate_gradient_kernel,
         (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
-        q, k, dq, dk, gate[0], ends, dg, cu_seqlens, index.ends, time,
-        H=heads, HK=q.shape[2], K=key_width, BT=index.size, BK=launch.block(entry["BK"], key_width),
-        PARTS=0 if ends is None else ends.shape[2], DECAY=gate[1], REVERSE=reverse, **launch.options(entry),
+        q, k, dq, dk, gate[0], dg, cu_seqlens, time,
+        H=heads, HK=q.shape[2], K=key_width, BT=index.size, BK=launch.block(entry["BK"], key_width), DECAY=gate[1],
+        **launch.options(entry),
+    )
+    return dg
+
+
+@triton.jit(do_not_specialize=["T"])
+def windowed_gate_gradient_kernel(
+    reads, writes, ends,                    # [B, T, H, PARTS] x 2, [rows, H, PARTS]
+    g, dg,                                  # [B, T, H] or [H], [B, T, H]
+    cu_seqlens, chunk_ends,                 # [N + 1], [N]
+    T,
+    H: tl.constexpr, BT: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+):
+    n, head, _ = split_program(1, H)
+    start, length = sequence_bounds(n, cu_seqlens, T)
+    row = first_row(n, chunk_ends, T, BT)
+    t = tl.arange(0, BT)
+    for i in range(tl.cdiv(length, BT)):
+        first, steps = start + i * BT, length - i * BT
+        at = (first + t) * H + head
+        end = 0.0
+        change = tl.zeros([BT], tl.float32)
+        for part in range(PARTS):
+            end += tl.load(ends + ((row + i) * H + head) * PARTS + part)
+            change += tl.load(reads + at * PARTS + part, mask=t < steps, other=0.0)
+            change -= tl.load(writes + at * PARTS + part, mask=t < steps, other=0.0)
+        log_decay = load_log_decay(g, first, steps, head, H, BT, DECAY)
+        change = tl.where(t == (0 if REVERSE else tl.minimum(BT, steps) - 1), tl.exp2(log_decay) * end, change)
+        dlog_decay = tl.where(log_decay <= RESET, 0.0, tl.cumsum(change, 0, reverse=not REVERSE))
+        tl.store(dg + at, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)
+
+
+def windowed_gate_gradient(
+    reads: Tensor,
+    writes: Tensor,
+    ends: Tensor,
+    gate: tuple[Tensor | None, str],
+    index: ChunkIndex,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dg [B, T, H] in `dtype`, from reads and writes [B, T, H, parts], and <S_{e-1}, dS_e>, e the last step of each of
+    the index's chunks, ends [rows, H, parts].
+    """
+    batch, time, heads, parts = reads.shape
+    dg = torch.empty((batch, time, heads), dtype=dtype, device=reads.device)
+    launch.run(
+        windowed_gate_gradient_kernel,
+        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads,
+        reads, writes, ends, gate[0], dg, cu_seqlens, index.ends, time,
+        H=heads, BT=index.size, PARTS=parts, DECAY=gate[1], REVERSE=reverse,
+        **launch.options(launch.entry("windowed_gate_gradient", dg, parts, parts)),
     )
     return dg

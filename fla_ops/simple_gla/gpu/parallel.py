@@ -18,13 +18,14 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, scale_of
+from fla_ops.common.gpu.arguments import check_offsets, contiguous, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
 from fla_ops.common.gpu.gates import causal, exponents, gate, load_log_decay, running_sums, within
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
 
 from .. import checks
+from ..call import Call, Weighted, WeightsNeed
 from .gate_gradient import gate_gradient
 
 
@@ -135,57 +136,58 @@ def product(
         parallel_kernel,
         index.rows * heads * triton.cdiv(value_width, value_block),
         q, k, v, decay[0], o, attn, dattn, cu_seqlens, index.sequence, index.ends,
-        scale, q.shape[1], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+        scale, q.shape[1], packed_sequences(cu_seqlens),
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
         BT=index.size, BK=launch.block(entry["BK"], key_width), BV=value_block,
         DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, **launch.options(entry),
     )
 
 
-def _index(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> ChunkIndex:
+def _index(c: Call) -> ChunkIndex:
     """Blocks of the entry's size; both roles of k and v take the same blocks."""
-    width = max(k.shape[3], v.shape[3])
-    size = launch.entry("parallel", q, width, width)["BT"]
-    return chunk_index.build(q.shape[0], q.shape[1], cu_seqlens, size)
+    width = max(c.k.shape[3], c.v.shape[3])
+    size = launch.entry("parallel", c.q, width, width)["BT"]
+    return chunk_index.build(c.q.shape[0], c.q.shape[1], c.cu_seqlens, size)
 
 
-def forward(q, k, v, g, g_gamma, scale, output_attentions, cu_seqlens, cu_seqlens_cpu):
+def forward(c: Call):
     """o [B, T, H, V] and attn [B, H, T, T] or None, both in v's dtype."""
-    checks.launch(q, k, v, g, g_gamma, cu_seqlens=cu_seqlens, cu_seqlens_cpu=cu_seqlens_cpu)
-    refuse_float64(q)
-    check_offsets(cu_seqlens, q.shape[1])
-    q, k, v, cu_seqlens = contiguous(q, k, v, cu_seqlens)
+    checks.launch(c)
+    refuse_float64(c.q)
+    check_offsets(c)
+    c = contiguous(c)
+    q, k, v = c.q, c.k, c.v
     batch, time, heads, _ = v.shape
-    attn = torch.zeros((batch, heads, time, time), dtype=v.dtype, device=v.device) if output_attentions else None
+    attn = torch.zeros((batch, heads, time, time), dtype=v.dtype, device=v.device) if c.output_attentions else None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    product(q, k, v, gate(g, g_gamma), _index(q, k, v, cu_seqlens), cu_seqlens, o, scale_of(q, scale), attn)
+    product(q, k, v, gate(c), _index(c), c.cu_seqlens, o, c.factor, attn)
     return o, attn
 
 
-def backward(q, k, v, g, g_gamma, cu_seqlens, do, dattn, scale, output_mask):
-    """The gradients that output_mask asks for (q, k, v, g, g_gamma), each in its input's dtype."""
-    need_q, need_k, need_v, need_g, need_gamma = output_mask
-    need_gate = need_g or need_gamma
-    q, k, v, do, dattn, cu_seqlens = contiguous(q, k, v, do, dattn, cu_seqlens)
-    heads, scale, decay = v.shape[2], scale_of(q, scale), gate(g, g_gamma)
-    index = _index(q, k, v, cu_seqlens)
+def backward(c: Call, d: Weighted, need: WeightsNeed):
+    """The gradients that are needed, each in its input's dtype."""
+    need_gate = need.g or need.g_gamma
+    c, d = contiguous(c), contiguous(d)
+    q, k, v, do, dattn, cu_seqlens = c.q, c.k, c.v, d.o, d.attn, c.cu_seqlens
+    heads, scale, decay = v.shape[2], c.factor, gate(c)
+    index = _index(c)
     dq = dk = dv = dg = None
-    if need_q or need_gate:
+    if need.q or need_gate:
         dq = per_value_head(q, heads, exact=need_gate)
         product(do, v, k, decay, index, cu_seqlens, dq, scale, dattn=dattn)
-    if need_k or need_gate:
+    if need.k or need_gate:
         dk = per_value_head(q, heads, exact=need_gate)
         product(v, do, q, decay, index, cu_seqlens, dk, scale, dattn=dattn, reverse=True)
-    if need_v:
+    if need.v:
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
     if need_gate:
-        dtype = g.dtype if need_g else torch.float32
-        dg = gate_gradient(q, k, dq, dk, decay, index, None, cu_seqlens, False, dtype)
+        dtype = c.g.dtype if need.g else torch.float32
+        dg = gate_gradient(q, k, dq, dk, decay, index, cu_seqlens, dtype)
     return (
-        group_sum(dq, q) if need_q else None,
-        group_sum(dk, k) if need_k else None,
+        group_sum(dq, q) if need.q else None,
+        group_sum(dk, k) if need.k else None,
         dv,
-        dg if need_g else None,
-        dg.sum((0, 1)).to(g_gamma.dtype) if need_gamma else None,
+        dg if need.g else None,
+        dg.sum((0, 1)).to(c.g_gamma.dtype) if need.g_gamma else None,
     )

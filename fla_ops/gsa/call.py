@@ -1,0 +1,188 @@
+"""The arguments of gsa's forms and of its decode step, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fla_ops.signature import Gradient, Pool, Signature, Size
+
+# The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
+AXES = {
+    "q": "B T HQ K",
+    "v": "B T H V",
+    "s": "B T H M",
+    "k": "B T H K",
+    "g": "B T H M",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "initial_k": "N H K M (initial_state[0])",
+    "initial_v": "N H M V (initial_state[1])",
+    "o": "B T HQ V",
+    "final_k": "N H K M",
+    "final_v": "N H M V",
+    "earlier": "B T HQ M",
+    "own": "B T HQ",
+    "states_k": "C H K M",
+    "states_v": "C H M V",
+}
+STEP_AXES = {
+    "q": "N HQ K",
+    "v": "N H V",
+    "s": "N H M",
+    "state_k": "P H K M",
+    "k": "N H K",
+    "g": "N H M",
+    "slots": "N",
+    "state_v": "P H M V",
+    "o": "N HQ V",
+}
+WITHOUT_SLOTS = STEP_AXES | {"state_k": "N H K M (without slots)", "state_v": "N H M V (without slots)"}
+
+
+class Call(NamedTuple):
+    """One call of a form."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: Tensor
+    g: Tensor | None = None
+    scale: float | None = None
+    initial_k: Tensor | None = None
+    initial_v: Tensor | None = None
+    output_final_state: bool = False
+    reverse: bool = False
+    checkpoint_level: int = 2
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+    mode: str = "auto"
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return AXES
+
+    @property
+    def factor(self) -> float:
+        """What q is multiplied by."""
+        return float(self.q.shape[3] ** -0.5 if self.scale is None else self.scale)
+
+    @property
+    def sequences(self) -> Size:
+        """N, the sequences of the batch or of the pack."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def state_shapes(self) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+        """[N, H, K, M] and [N, H, M, V]."""
+        lead, slots = (self.sequences, self.v.shape[2]), self.s.shape[3]
+        return (*lead, self.q.shape[3], slots), (*lead, slots, self.v.shape[3])
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps between two chunk states: a larger chunk is cut, so that a chunk of a kernel fits its registers."""
+        return min(self.chunk_size, 64 if self.q.dtype in (torch.bfloat16, torch.float16) else 32)
+
+    @property
+    def chunks(self) -> Size:
+        """How many chunk states a call has; for packed sequences, how many it may have at most."""
+        steps, (batch, time) = self.chunk_steps, self.q.shape[:2]
+        if self.cu_seqlens is None:
+            return batch * ((time + steps - 1) // steps)
+        return (time + self.sequences * (steps - 1)) // steps
+
+
+class Step(NamedTuple):
+    """One decode step."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: Tensor
+    g: Tensor
+    state_k: Pool
+    state_v: Pool
+    scale: float | None = None
+    slots: Tensor | None = None
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this step."""
+        return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+
+    @property
+    def factor(self) -> float:
+        """What q is multiplied by."""
+        return float(self.q.shape[2] ** -0.5 if self.scale is None else self.scale)
+
+
+class Outputs(NamedTuple):
+    """What the forms return."""
+
+    o: Tensor
+    final_k: Tensor | None
+    final_v: Tensor | None
+
+
+class Kept(NamedTuple):
+    """What the chunk form returns, and what it keeps for its gradient.
+
+    `earlier` is the strictly causal part of the softmax's argument, what a query reads from the steps before its own;
+    `own` is the diagonal, the weight of its own step's memory slots. The states are those before each chunk.
+    """
+
+    o: Tensor
+    final_k: Tensor | None
+    final_v: Tensor | None
+    earlier: Tensor | None
+    own: Tensor | None
+    states_k: Tensor | None
+    states_v: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """What a backward operator returns; None where it is not needed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    s: Tensor | None
+    g: Tensor | None
+    initial_k: Tensor | None
+    initial_v: Tensor | None
+
+
+class Need(NamedTuple):
+    """Which inputs' gradients are wanted."""
+
+    q: bool
+    k: bool
+    v: bool
+    s: bool
+    g: bool
+    initial_k: bool
+    initial_v: bool
+
+    def of_gates(self, g: Tensor | None) -> Need:
+        """What to compute: without g, the gradient of s follows from those of ABC's weights and gates."""
+        return self if g is not None else self._replace(g=self.s)
+
+
+CHUNK = Signature("chunk_gsa", Call, Outputs, without=("reverse", "mode"))
+CHUNK_FORWARD = Signature("chunk_gsa_forward", Call, Kept, without=("reverse", "mode"), last=("checkpoint_level",))
+RECURRENT = Signature("fused_recurrent_gsa", Call, Outputs, without=("checkpoint_level", "chunk_size", "mode"))
+STEP = Signature("gsa_step_", Step, "Tensor")
+DISPATCHER = Signature("gsa", Call, Outputs, last=("reverse", "mode"))
+
+CHUNK_GRADIENT = Gradient(
+    CHUNK_FORWARD,
+    Need,
+    forward_only=("output_final_state", "checkpoint_level"),
+    kept=("earlier", "own", "states_k", "states_v"),
+)
+RECURRENT_GRADIENT = Gradient(RECURRENT, Need)

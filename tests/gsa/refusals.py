@@ -1,0 +1,42 @@
+"""Calls of gsa that must be refused for a reason of their own; `tests.refusals` generates the others."""
+
+from __future__ import annotations
+
+from tests.gsa.cases import FORMS
+from tests.refusals import Refusal, Row, beside_a_batch, by_id, of_chunk_size, of_packs, of_slots
+
+
+def of_form(form: str) -> list[Refusal]:
+    """What a form refuses, of the arguments that it takes."""
+    found = by_id(form)
+    gated = found["several-chunks-ragged-tail"]
+    taken, level = gated.declaration.fields, r"checkpoint_level must be 0, 1 or 2, got 3"
+    rows: list[Row] = [*of_packs(found["packed-int32-offsets"]), beside_a_batch(gated, "initial_k", "initial_v")]
+    if "chunk_size" in taken:
+        rows += of_chunk_size(gated)
+    if "checkpoint_level" in taken:
+        rows.append(("level-of-3", gated, {"checkpoint_level": 3}, ValueError, level))
+    return [Refusal(*row) for row in rows]
+
+
+def of_dispatcher() -> list[Refusal]:
+    """A named form is used or refused, with the reason."""
+    gated = by_id("gsa")["several-chunks-ragged-tail"]
+    backwards = r"mode='chunk': reverse=True runs time backwards"
+    return [
+        Refusal("mode-unknown", gated, {"mode": "fast"}, ValueError, r"mode must be auto, chunk, .*, got 'fast'"),
+        Refusal("chunk-reversed", gated, {"mode": "chunk", "reverse": True}, NotImplementedError, backwards),
+    ]
+
+
+def of_step() -> list[Refusal]:
+    """What the decode step refuses; neither pool is touched."""
+    pool = by_id("gsa_step_")["pool-with-padding"]
+    larger = r"state_k must be \[N, H, K, M\] .* = \(4, 3, 5, 8\), got \(9, 3, 5, 8\)"
+    return [
+        Refusal("pools-larger-than-N", pool, {"slots": None}, ValueError, larger),
+        *(Refusal(*row) for row in of_slots(pool)),
+    ]
+
+
+REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step()]

@@ -1,0 +1,178 @@
+"""The C++ kernels of a CPU: where their chunks, windows, threads and dtypes meet, and what serves without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import fla_ops
+from fla_ops.common.cpu import build as compiled
+from tests import numerics
+from tests.cases import COMBINATION, Case, cases
+from tests.contract import test_numbers
+from tests.contract.helpers import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
+
+SOURCES = ("simple_gla/cpu/chunk.cpp", "simple_gla/cpu/recurrent.cpp", "linear_attn/cpu/normalize.cpp")
+CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
+SERVED = (*CHUNKED, "fused_recurrent_simple_gla", "simple_gla_step_", "normalize_output", "linear_attn_step_")
+SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
+
+
+@pytest.fixture
+def without_kernels() -> Iterator[None]:
+    """As where they do not compile."""
+    with mock.patch.object(compiled, "library", return_value=None):
+        yield
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def inputs(
+    time: int, heads: tuple[int, int] = (2, 2), widths: tuple[int, int] = (24, 40), batch: int = 2
+) -> dict[str, Tensor]:
+    """q, k, v and g, in float32; heads are HK and H, widths K and V."""
+    (key_heads, value_heads), (key, value) = heads, widths
+    return {
+        "q": draw(batch, time, key_heads, key, seed=1),
+        "k": draw(batch, time, key_heads, key, seed=2) * key**-0.5,
+        "v": draw(batch, time, value_heads, value, seed=3),
+        "g": -draw(batch, time, value_heads, seed=4).abs() / 8,
+    }
+
+
+def with_gradients(form: str, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs, then the gradient of every floating input, of a sum with fixed weights."""
+    given = {
+        name: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    outputs = dict(zip(("o", "state"), getattr(fla_ops, form)(**given, output_final_state=True), strict=True))
+    leaves = {f"d{name}": x for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    weights = [draw(*y.shape, seed=9).to(y.dtype) for y in outputs.values()]
+    return outputs | dict(
+        zip(leaves, torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights), strict=True)
+    )
+
+
+def check(form: str, arguments: dict[str, Any]) -> None:
+    """float32, in C++, against float64, in ATen."""
+    wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in arguments.items()}
+    found, truth = with_gradients(form, arguments), with_gradients(form, wide)
+    for name, x in found.items():
+        numerics.close(x.double(), truth[name], torch.float32)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_it_compiles_here_without_a_warning(source: str, recwarn: pytest.WarningsRecorder) -> None:
+    assert compiled.library(source) is not None
+    assert [str(w.message) for w in recwarn] == []
+
+
+@pytest.mark.parametrize("given", [("g",), ("g_gamma",), ()], ids=["per-step", "constant", "none"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("form", CHUNKED)
+def test_windows_go_on_from_each_other(form: str, packed: bool, given: tuple[str, ...]) -> None:
+    """More chunks than the fused form's backward pass holds at once; sequences of none, one, and several windows."""
+    arguments: dict[str, Any] = inputs(time=16 * 8 * 2 + 5, batch=1 if packed else 2) | {"chunk_size": 16}
+    decays = {"g": arguments.pop("g"), "g_gamma": -draw(2, seed=5).abs() / 8}
+    arguments |= {name: decays[name] for name in given}
+    if packed:
+        arguments["cu_seqlens"] = torch.tensor([0, 0, 1, 130, 261])
+    sequences = 4 if packed else 2
+    check(form, arguments | {"initial_state": draw(sequences, 2, 24, 40, seed=6)})
+
+
+@pytest.mark.parametrize(
+    ("heads", "widths"),
+    [
+        ((1, 1), (256, 256)),
+        ((9, 9), (8, 24)),
+        ((5, 10), (16, 130)),
+        ((1, 3), (16, 16)),
+        ((2, 4), (5, 33)),
+        ((3, 3), (1, 1)),
+        ((1, 2), (144, 17)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
+def test_any_heads_and_widths(form: str, heads: tuple[int, int], widths: tuple[int, int]) -> None:
+    check(form, inputs(70, heads, widths))
+
+
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 63, 64, 65, 128, 130])
+@pytest.mark.parametrize("form", CHUNKED)
+def test_lengths_around_a_chunk(form: str, time: int) -> None:
+    check(form, inputs(time) | {"initial_state": draw(2, 2, 24, 40, seed=6)})
+
+
+@pytest.mark.parametrize("form", CHUNKED)
+def test_decays_that_grow_back(form: str) -> None:
+    """A positive log decay undoes a negative one, further down than float32 holds a decay to be zero."""
+    arguments = inputs(70)
+    arguments["g"] = torch.tensor([-30.0, 30.0]).repeat(35)[:, None].expand(2, 70, 2).contiguous() / 2
+    check(form, arguments)
+
+
+@pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
+def test_the_number_of_threads_does_not_change_a_bit(form: str) -> None:
+    arguments = inputs(300, widths=(64, 64))
+    assert arguments["v"].numel() * 64 >= compiled.TOGETHER
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(form, arguments))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in pairwise(results):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
+def test_half_precision_is_rounded_once(form: str, dtype: torch.dtype) -> None:
+    arguments = {name: x.to(dtype) for name, x in inputs(70).items()}
+    half, _ = getattr(fla_ops, form)(**arguments)
+    single, _ = getattr(fla_ops, form)(**{name: x.float() for name, x in arguments.items()})
+    assert torch.equal(half, single.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_infinity_and_nan_pass_through_half_precision(dtype: torch.dtype) -> None:
+    arguments = {name: x.to(dtype) for name, x in inputs(20).items()}
+    arguments["v"][0, 3, 0, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    o, _ = fla_ops.fused_recurrent_simple_gla(**arguments)
+    expected, _ = fla_ops.fused_recurrent_simple_gla(**{name: x.float() for name, x in arguments.items()})
+    assert torch.equal(o.isnan(), expected.isnan())
+    assert torch.equal(o.isinf(), expected.isinf())
+    assert o.isnan().any()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for a machine with narrower vectors, where this one can run it."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX512", capability):
+        pytest.skip(f"not a machine that runs code for {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(compiled, "_load", cache(compiled._load.__wrapped__))
+    for form in (*CHUNKED, "fused_recurrent_simple_gla"):
+        check(form, inputs(70, (1, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SCENARIOS, ids=str)
+@pytest.mark.usefixtures("without_kernels")
+def test_aten_serves_without_them(case: Case, dtype: torch.dtype) -> None:
+    test_numbers.check_numbers(case, "cpu", dtype)

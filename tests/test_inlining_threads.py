@@ -1,0 +1,157 @@
+"""Who inlines: the threads that ask, for as long as they ask; and who says so where an operator cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fla_ops
+from fla_ops.registrations import _inline
+from tests.contract.helpers import INTERPRETED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels cannot be traced")
+
+
+def calls(function: Callable[..., Tensor] = fla_ops.chunk_simple_gla) -> list[str]:
+    """The operators of ours that a trace of a function of q, k, v holds."""
+    inputs = [torch.ones(1, 20, 2, 4) for _ in range(3)]
+    graph = make_fx(dispatch_functionalize(lambda *args: function(*args)[0]))(*inputs)
+    names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return [name.split(".")[1] for name in names if name.startswith("fla.")]
+
+
+def in_thread(function: Callable[[], object]) -> object:
+    """What a function returns in a thread of its own."""
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_contexts_of_two_threads_that_overlap_leave_nothing_on() -> None:
+    """Each begins before the other ends: what either one found must not be what the last one leaves."""
+    tag, began, ended = torch.compiler.config.cache_key_tag, threading.Event(), threading.Event()
+    seen: list[list[str]] = []
+
+    def first() -> None:
+        with fla_ops.inlining():
+            began.set()
+            ended.wait()
+            seen.append(calls())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    began.wait()
+    with fla_ops.inlining():
+        ended.set()
+        thread.join()
+        assert calls() == []
+    assert seen == [[]]
+    assert calls() == ["chunk_simple_gla"]
+    assert torch.compiler.config.cache_key_tag == tag
+
+
+def test_contexts_that_do_not_end_in_order_leave_nothing_on() -> None:
+    """Two threads where PyTorch's settings are those of all threads do this to each other."""
+    tag = torch.compiler.config.cache_key_tag
+    first, second = fla_ops.inlining(), fla_ops.inlining()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert calls() == []
+    second.__exit__(None, None, None)
+    assert calls() == ["chunk_simple_gla"]
+    assert torch.compiler.config.cache_key_tag == tag
+
+
+def test_a_graph_is_cached_under_what_it_holds() -> None:
+    """In every thread: bodies if, and only if, the key of the compile caches says so."""
+
+    def consistent() -> bool:
+        return (calls() == []) == ("fla-inlined" in torch.compiler.config.cache_key_tag)
+
+    assert consistent()
+    assert in_thread(consistent)
+    with fla_ops.inlining():
+        assert consistent()
+        assert in_thread(consistent)
+
+
+def test_an_exception_ends_it() -> None:
+    with pytest.raises(KeyError), fla_ops.inlining():
+        raise KeyError
+    assert calls() == ["chunk_simple_gla"]
+
+
+@pytest.mark.parametrize("before", ["", "theirs"])
+def test_every_thread_has_the_sources_digest_in_its_key(before: str) -> None:
+    code = """
+import threading, torch, fla_ops
+print(torch.compiler.config.cache_key_tag)
+thread = threading.Thread(target=lambda: print(torch.compiler.config.cache_key_tag))
+thread.start()
+thread.join()
+"""
+    environment = os.environ | {"TORCH_COMPILE_CACHE_KEY_TAG": before}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    here, there = done.stdout.splitlines()
+    assert here == there
+    assert re.fullmatch(f"{before};?fla=[0-9a-f]+", there)
+
+
+def test_an_operator_that_stays_a_call_is_named_once() -> None:
+    _inline._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert calls(fla_ops.fused_recurrent_simple_gla) == ["fused_recurrent_simple_gla"]
+        assert [w for w in caught if "fla" in str(w.message)] == []  # nobody asked for bodies
+        with fla_ops.inlining():
+            for _ in range(2):
+                assert calls(fla_ops.fused_recurrent_simple_gla) == ["fused_recurrent_simple_gla"]
+                assert calls(fla_ops.chunk_simple_gla) == []
+    (message,) = (str(w.message) for w in caught if "fla" in str(w.message))
+    assert message.startswith("fla.fused_recurrent_simple_gla.default has no body to inline on cpu, and stays a call")
+
+
+class Layer(torch.nn.Module):
+    """What is exported."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fla_ops.gsa(q, k, v, k, mode="fused_recurrent")[0]
+
+
+def test_packaging_names_an_operator_that_the_package_will_miss(tmp_path: Path) -> None:
+    _inline._warn.cache_clear()
+    program = torch.export.export(Layer(), tuple(torch.ones(1, 20, 2, 4) for _ in range(3)))
+    with torch.no_grad(), fla_ops.inlining(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    named = [str(w.message).split()[0] for w in caught if "no body to inline" in str(w.message)]
+    assert named == ["fla.fused_recurrent_gsa.default"]
+
+
+def test_the_readme_says_what_is_inlined_where() -> None:
+    """Every operator with a body, which serves both kinds of device, and none without."""
+    readme = (ROOT / "README.md").read_text()
+    (sentence,) = re.findall(r"^Inlined on a CPU and a GPU: ([^.]*)\.", readme, re.MULTILINE)
+    assert "with their gradients" in sentence
+    named = re.findall(r"`(\w+)`", sentence)
+    found = {name: op.inlines_on for name, op in fla_ops.ops().items() if op.inlines_on}
+    assert found == dict.fromkeys((*named, *(f"{name}_backward" for name in named)), ("cpu", "cuda"))
