@@ -127,11 +127,12 @@ def channel_gate_gradient_kernel(
     n, head, block = split_program((M + BM - 1) // BM, H)
     start, length = sequence_bounds(n, cu_seqlens, T)
     slot = block * BM + tl.arange(0, BM)
+    carries = (slot < M) & (length > 0)  # an empty sequence has no last step
     past = tl.zeros([BM], tl.float32)
     if carried_k is not None:
-        past += tl.load(carried_k + (n * H + head) * M + slot, mask=slot < M, other=0.0)
+        past += tl.load(carried_k + (n * H + head) * M + slot, mask=carries, other=0.0)
     if carried_v is not None:
-        past += tl.load(carried_v + (n * H + head) * M + slot, mask=slot < M, other=0.0)
+        past += tl.load(carried_v + (n * H + head) * M + slot, mask=carries, other=0.0)
     last = 0 if REVERSE else length - 1
     chunks = tl.cdiv(length, BT)
     for c in range(chunks):
