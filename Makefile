@@ -1,15 +1,16 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+SELECTED := -m 'not slow'
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-all check bench clean
 
 help:  ## Say what can be made
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 # The stamp is written last, so an interrupted installation starts again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -26,10 +27,13 @@ check: $(INSTALLED)  ## Lint, types, import directions and layout
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py
 
+test-all: SELECTED :=
+test-all: test  ## The checks, then every test, the slow ones too
+
 # The second run has Triton's interpreter on, which must be decided before Triton is imported.
-test: check  ## The checks, then every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 --ignore=tests/interpreter --ignore=tests/test_structure.py
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=15 tests/interpreter
+test: check  ## The checks, then the tests that are not slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(SELECTED) --durations=15 --ignore=tests/interpreter --ignore=tests/test_structure.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) $(SELECTED) --durations=15 tests/interpreter
 
 bench: $(INSTALLED)  ## Time every operator on small sizes, then what has a target at its own size
 	$(BIN)/python -m benchmarks --quick $(ARGS)

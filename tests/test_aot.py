@@ -27,8 +27,15 @@ CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {}
 for path in sorted(Path(__file__).parent.glob("*/launches.py")):
     CALLS |= importlib.import_module(f"tests.{path.parent.name}.launches").CALLS
 
+QUICK = ("sm_90", "gfx942")  # of which `make test` compiles the first entry of each kernel
 ENTRIES = [
-    pytest.param(target, kernel, entry, id=f"{target}-{kernel}-{entry['dtype']}-{entry['key_width']}-{position}")
+    pytest.param(
+        target,
+        kernel,
+        entry,
+        id=f"{target}-{kernel}-{entry['dtype']}-{entry['key_width']}-{position}",
+        marks=[pytest.mark.slow] * (target not in QUICK or position > 0),
+    )
     for target in aot.TARGETS
     for kernel, entries in launch.table(target).items()
     for position, entry in enumerate(entries)

@@ -17,7 +17,7 @@ from fla_ops.common.cpu import build as compiled
 from tests import numerics
 from tests.cases import COMBINATION, Case, cases
 from tests.contract import test_numbers
-from tests.contract.helpers import INTERPRETED
+from tests.contract.helpers import INTERPRETED, with_slow
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
 
@@ -172,7 +172,7 @@ def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", SCENARIOS, ids=str)
+@pytest.mark.parametrize("case", with_slow(SCENARIOS, lambda case: bool(case.tags)))
 @pytest.mark.usefixtures("without_kernels")
 def test_aten_serves_without_them(case: Case, dtype: torch.dtype) -> None:
     test_numbers.check_numbers(case, "cpu", dtype)

@@ -6,8 +6,12 @@
     test_compile.py   one graph, equal numbers, no recompilation
     test_export.py    dynamic batch and time, saved and loaded
     test_bits.py      every element written, equal bits twice, alone and in company
+    test_vmap.py      mapped calls and their gradients
+    test_pools.py     what is updated in place
     test_errors.py    refused calls, eager and compiled
     test_autograd.py  torch.func, checkpointing, autocast, what has no derivative, FLOP counts
+
+`make test` leaves out what is marked slow: where every case costs, all but the typical ones of each operator.
 
 This file holds what they share: running a case with gradients, and recording which operators ran.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import product
 from operator import getitem
 from typing import Any, NamedTuple
@@ -32,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fla_ops
 from fla_ops import Operator
 from tests import numerics
-from tests.cases import Case, Draw, Inputs, cases
+from tests.cases import COMBINATION, EXPORT, Case, Draw, Inputs, cases
 
 VARYING = ("B", "T", "N", "N+1", "P")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,16 +71,44 @@ def is_backward(name: str) -> bool:
     return name.endswith("_backward")
 
 
-def params(selected: Iterable[Case], *, dtypes: Iterable[torch.dtype] | None = None) -> list[Any]:
-    """(case, device), or (case, device, dtype), as test parameters with ids that say what they are."""
+def params(
+    selected: Iterable[Case], *, dtypes: Iterable[torch.dtype] | None = None, quick: Callable[..., bool] | None = None
+) -> list[Any]:
+    """(case, device), or (case, device, dtype), as test parameters with ids that say what they are.
+
+    `quick`, of a case and a dtype if there is one, says which are not slow.
+    """
     pairs = list(product(selected, DEVICES))
     if dtypes is None:
-        return [pytest.param(case, device, id=f"{case}-{device}") for case, device in pairs]
+        values = [(case, device) for case, device in pairs]
+    else:
+        values = [
+            (case, device, dtype)
+            for (case, device), dtype in product(pairs, dtypes)
+            if dtype in DTYPES[device] and dtype in case.dtypes
+        ]
+    slow = [quick is not None and not quick(case, *dtype) for case, _, *dtype in values]
     return [
-        pytest.param(case, device, dtype, id=f"{case}-{device}-{str(dtype).removeprefix('torch.')}")
-        for (case, device), dtype in product(pairs, dtypes)
-        if dtype in DTYPES[device] and dtype in case.dtypes
+        pytest.param(*value, id="-".join(str(x).removeprefix("torch.") for x in value), marks=[pytest.mark.slow] * mark)
+        for value, mark in zip(values, slow, strict=True)
     ]
+
+
+def with_slow(selected: Iterable[Case], quick: Callable[[Case], bool]) -> list[Any]:
+    """The cases as test parameters, those that are not quick marked as slow."""
+    return [pytest.param(case, id=str(case), marks=[pytest.mark.slow] * (not quick(case))) for case in selected]
+
+
+@cache
+def extremes(operator: str) -> tuple[str, str]:
+    """The ids of the combinations of optional inputs that give the least and the most."""
+    found = sorted(cases(operator, COMBINATION), key=lambda case: len(tensors_of(case.inputs())))
+    return found[0].id, found[-1].id
+
+
+def is_typical(case: Case) -> bool:
+    """Whether a case stands for many: the operator's largest scenario, or the least or the most of optional inputs."""
+    return EXPORT in case.tags or (COMBINATION in case.tags and case.id in extremes(case.operator))
 
 
 def differentiable(tag: str | None = None) -> list[Case]:

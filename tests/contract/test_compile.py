@@ -20,6 +20,7 @@ from tests.contract.helpers import (
     evaluate,
     is_backward,
     is_composite,
+    is_typical,
     operators,
     ours,
     params,
@@ -54,7 +55,7 @@ def compiled(case: Case, **options: Any) -> Callable[[Inputs], tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("case", "device"), params(c for c in cases() if c.tags & {COMBINATION, EXPORT}), scope="function"
+    ("case", "device"), params([c for c in cases() if c.tags & {COMBINATION, EXPORT}], quick=is_typical)
 )
 def test_one_graph_of_opaque_operators(case: Case, device: str) -> None:
     """Through AOTAutograd without a code generator, the bits stay."""
@@ -72,7 +73,7 @@ def test_one_graph_of_opaque_operators(case: Case, device: str) -> None:
     assert all(is_backward(name) for name in backward)
 
 
-@pytest.mark.parametrize(("case", "device"), params(cases(tag=INDUCTOR)))
+@pytest.mark.parametrize(("case", "device"), params(cases(tag=INDUCTOR), quick=is_typical))
 def test_inductor(case: Case, device: str) -> None:
     inputs = case.inputs(torch.float32, device)
     found, expected = evaluate(case, inputs, compiled(case)), evaluate(case, inputs)

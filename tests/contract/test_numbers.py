@@ -18,12 +18,14 @@ from tests.contract.helpers import (
     differentiable,
     evaluate,
     is_backward,
+    is_typical,
     labelled,
     operators,
     params,
     parts,
     requiring,
     with_parts,
+    with_slow,
 )
 
 SCENARIOS = [case for case in cases() if COMBINATION not in case.tags]
@@ -43,7 +45,12 @@ def check_numbers(case: Case, device: str, dtype: torch.dtype) -> None:
     numerics.check(results, references, truths, dtype)
 
 
-@pytest.mark.parametrize(("case", "device", "dtype"), params(SCENARIOS, dtypes=DTYPES["cpu"]))
+def is_quick(case: Case, dtype: torch.dtype) -> bool:
+    """A precision of each kind, and all of them in one case of each operator."""
+    return dtype in (torch.float32, torch.bfloat16) or is_typical(case)
+
+
+@pytest.mark.parametrize(("case", "device", "dtype"), params(SCENARIOS, dtypes=DTYPES["cpu"], quick=is_quick))
 def test_scenario(case: Case, device: str, dtype: torch.dtype) -> None:
     check_numbers(case, device, dtype)
 
@@ -61,7 +68,7 @@ def test_every_length_up_to_two_chunks_and_a_step(case: Case, device: str) -> No
         check_numbers(case.resized(**{letter: size}), device, torch.float32)
 
 
-@pytest.mark.parametrize("case", differentiable(COMBINATION), ids=str)
+@pytest.mark.parametrize("case", with_slow(differentiable(COMBINATION), is_typical))
 def test_gradcheck(case: Case) -> None:
     inputs = requiring(case.inputs(torch.float64), case.trained)
     trained = tuple(inputs[name] for name in case.trained)

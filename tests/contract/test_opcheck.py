@@ -12,18 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from tests.cases import COMBINATION, EXPORT, Case, cases
-from tests.contract.helpers import Call, is_backward, params, parts, requiring, with_parts
+from tests.contract.helpers import Call, is_backward, is_typical, params, parts, requiring, with_parts
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize(("case", "device"), params(cases(tag=COMBINATION)))
+@pytest.mark.parametrize(("case", "device"), params(cases(tag=COMBINATION), quick=is_typical))
 def test_opcheck(case: Case, device: str) -> None:
     inputs = requiring(case.inputs(device=device), case.trained)
     torch.library.opcheck(case.overload, (), inputs, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize(("case", "device"), params(with_parts(COMBINATION)))
+@pytest.mark.parametrize(("case", "device"), params(with_parts(COMBINATION), quick=is_typical))
 def test_opcheck_of_parts(case: Case, device: str) -> None:
     """Backward operators, and others that people do not call, with the arguments that they get."""
     calls = parts(case, case.inputs(device=device))

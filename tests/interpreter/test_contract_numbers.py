@@ -7,7 +7,7 @@ import torch
 
 from tests.cases import EXPORT, INDUCTOR, SMALL, Case, cases
 from tests.contract import test_bits, test_numbers
-from tests.contract.helpers import INTERPRETED, is_composite
+from tests.contract.helpers import INTERPRETED, is_composite, is_typical, with_slow
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -53,14 +53,19 @@ KERNELS = [case for case in WHOLE if not is_composite(case)]
 HALF = [one_sequence(case) for case in KERNELS if case.tags & {EXPORT, INDUCTOR}]
 
 
+def is_quick(case: Case) -> bool:
+    """A case of each operator, and one of packed sequences."""
+    return bool(case.tags & {EXPORT, INDUCTOR})
+
+
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", with_slow(CASES, is_quick))
 def test_float32(case: Case) -> None:
     """In memory that holds NaN until it is written."""
     test_numbers.check_numbers(case, "cpu", torch.float32)
 
 
-@pytest.mark.parametrize("case", HALF, ids=str)
+@pytest.mark.parametrize("case", with_slow(HALF, is_typical))
 def test_bfloat16(case: Case) -> None:
     test_numbers.check_numbers(case, "cpu", torch.bfloat16)
 
