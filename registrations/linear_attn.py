@@ -45,6 +45,7 @@ register(
     cuda="fla_ops.linear_attn.gpu.normalize:step",
     fake=fake.normalize_step,
     flops=_flops,
+    inline={"cpu": "fla_ops.linear_attn.cpu.aten:step"},
     tags=(),
 )
 register_composite(call.CHUNK, "fla_ops.linear_attn.compose:chunk")

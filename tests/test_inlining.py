@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fla_ops
-from fla_ops.simple_gla.cpu import traced
+from tests import numerics
 from tests.aot import stub_driver
 
 AUTO = torch.export.Dim.AUTO
@@ -84,24 +84,77 @@ def test_compiled_bodies_give_the_operators_numbers() -> None:
 
 @pytest.mark.parametrize("offsets", [None, [0, 0, 33, 34, 130]], ids=["dense", "packed-with-empty-and-single"])
 @pytest.mark.parametrize("gate", ["none", "step", "head", "resets"])
-def test_the_traced_body_is_the_chunk_form(offsets: list[int] | None, gate: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        pytest.param("chunk_simple_gla", {"chunk_size": 16}, id="chunk"),
+        pytest.param("fused_recurrent_simple_gla", {}, id="recurrent"),
+        pytest.param("fused_recurrent_simple_gla", {"reverse": True}, id="recurrent-reverse"),
+        pytest.param("parallel_simple_gla", {}, id="parallel"),
+        pytest.param("parallel_simple_gla", {"output_attentions": True}, id="parallel-with-weights"),
+    ],
+)
+def test_the_traced_body_is_the_operator(form: str, options: dict, gate: str, offsets: list[int] | None) -> None:
+    """A graph of ATen calls for any length, against the same body as it runs eagerly, one sequence after the other."""
     q, k, v, g = (x.double() for x in activations(2 if offsets is None else 1, 130))
-    gamma = None
+    given = {"q": q, "k": k, "v": v}
+    if gate in ("step", "resets"):
+        given["g"] = g
     if gate == "resets":
         g[:, ::7], g[:, 3::11] = -torch.inf, -1e4
     if gate == "head":
-        g, gamma = None, torch.tensor([-0.1, -1e4, -2.0, 0.0], dtype=torch.float64)
-    if gate == "none":
-        g = None
-    offsets = None if offsets is None else torch.tensor(offsets)
-    state = torch.randn(2 if offsets is None else 4, 4, 10, 7, dtype=torch.float64)
-    forward = (q, k, v, g, gamma, None, state, True, False, offsets, None, 16)
-    for got, wanted in zip(traced.forward(*forward), torch.ops.fla.chunk_simple_gla(*forward), strict=True):
-        torch.testing.assert_close(got, wanted)
-    mask = [True, True, True, g is not None, gamma is not None, True]
-    backward = (q, k, v, g, gamma, state, offsets, torch.randn_like(v), torch.randn_like(state), None, False, 16, mask)
-    for got, wanted in zip(traced.backward(*backward), torch.ops.fla.chunk_simple_gla_backward(*backward), strict=True):
-        torch.testing.assert_close(got, wanted)
+        given["g_gamma"] = torch.tensor([-0.1, -1e4, -2.0, 0.0], dtype=torch.float64)
+    if form != "parallel_simple_gla":
+        given["initial_state"] = torch.randn(2 if offsets is None else 4, 4, 10, 7, dtype=torch.float64)
+        options = options | {"output_final_state": True}
+    names = list(given)
+    packed = () if offsets is None else (torch.tensor(offsets),)
+    shapes = [y.shape for y in getattr(fla_ops, form)(**given, **options, **dict(zip(["cu_seqlens"], packed)))]
+    arriving = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in tensors[: len(names)]]
+        arguments = dict(zip([*names, "cu_seqlens"], [*inputs, *tensors[len(names) + len(arriving) :]], strict=False))
+        outputs = getattr(fla_ops, form)(**arguments, **options)
+        return *outputs, *torch.autograd.grad(outputs, inputs, tensors[len(names) : len(names) + len(arriving)])
+
+    tensors = (*given.values(), *arriving, *packed)
+    with fla_ops.inlining():
+        graph = make_fx(dispatch_functionalize(run), tracing_mode="symbolic")(*tensors)
+    assert not any("fla" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    for got, wanted in zip(graph(*tensors), run(*tensors), strict=True):
+        numerics.close(got, wanted)
+
+
+@pytest.mark.parametrize("slots", [None, [2, -1, 0], [-1, -1, -1]], ids=["every-row", "pool-with-padding", "no-row"])
+def test_the_traced_step_updates_its_pool(slots: list[int] | None) -> None:
+    q, k, v, g = (x[:, 0] for x in activations(3, 1))
+    pool = torch.randn(3 if slots is None else 5, 4, 10, 7)
+    index = () if slots is None else (torch.tensor(slots),)
+
+    def step(pool: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        return fla_ops.simple_gla_step_(q, k, v, pool, g, slots=index[0] if index else None)
+
+    found, expected = pool.clone(), pool.clone()
+    torch._dynamo.reset()
+    with fla_ops.inlining(), torch.no_grad():
+        o = torch.compile(step, fullgraph=True, backend="aot_eager")(found, *index)
+    numerics.close(o, step(expected, *index))
+    numerics.close(found, expected)
+
+
+@pytest.mark.parametrize("form", ["fused_recurrent_simple_gla", "parallel_simple_gla"])
+def test_one_compiled_body_serves_every_length(form: str) -> None:
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return getattr(fla_ops, form)(q, k, v, g)[0]
+
+    torch._dynamo.reset()
+    with fla_ops.inlining(), torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for time in (150, 7, 64):
+            inputs = activations(2, time)
+            with torch.compiler.set_stance("fail_on_recompile" if time < 150 else "default"):
+                numerics.close(compiled(*inputs), layer(*inputs))
 
 
 def test_on_a_gpu_the_graph_holds_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_dispatcher_runs_the_named_form(mode: str) -> None:
 
 def test_explain_names_the_form_and_the_refusals() -> None:
     choice = fla_ops.explain(fla_ops.lightning_attn, **inputs(), **LAYER, reverse=True)
-    assert choice.form.operator == "fused_recurrent_lightning_attn"
+    assert choice.form.signature.name == "fused_recurrent_lightning_attn"
     assert set(choice.refused) == {"chunk", "fused_chunk"}
 
 

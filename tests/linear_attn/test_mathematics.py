@@ -13,7 +13,6 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fla_ops
-from fla_ops.linear_attn.cpu import traced
 from tests import numerics
 from tests.cases import EXPORT, cases
 from tests.contract.helpers import INTERPRETED, export, listing
@@ -271,7 +270,7 @@ def test_dispatcher_runs_the_named_form(mode: str) -> None:
 
 def test_explain_names_the_form_and_the_refusals() -> None:
     choice = fla_ops.explain(fla_ops.linear_attn, **inputs(), initial_state=pair(), reverse=True)
-    assert choice.form.operator == "fused_recurrent_linear_attn"
+    assert choice.form.signature.name == "fused_recurrent_linear_attn"
     assert set(choice.refused) == {"chunk", "fused_chunk"}
 
 
@@ -283,13 +282,22 @@ def test_the_traced_body_is_the_operator(offsets: list[int] | None, reverse: boo
     q, k, o = positive(batch, 130, HK, K, seed=1), positive(batch, 130, HK, K, seed=2), draw(batch, 130, H, V)
     z = positive(sequences, 1, H, K) if initial else None
     cu_seqlens = None if offsets is None else torch.tensor(offsets)
-    forward = (q, k, o, 0.3, z, True, reverse, cu_seqlens, None)
-    expected = torch.ops.fla.normalize_output(*forward)
-    assert_equal(list(traced.forward(*forward)), list(expected))
-    dfinal = draw(sequences, 1, H, K)
-    backward = (q, k, expected[0], z, cu_seqlens, draw(*o.shape), dfinal, 0.3, reverse, [True, True, True, initial])
-    expected = [x for x in torch.ops.fla.normalize_output_backward(*backward) if x is not None]
-    assert_equal([x for x in traced.backward(*backward) if x is not None], expected)
+    arriving = (draw(*o.shape), draw(sequences, 1, H, K))
+    inputs = (q, k, o, *((z,) if initial else ()))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors[: len(inputs)]]
+        given = dict(zip(("q", "k", "o", "initial_z"), leaves, strict=False))
+        settings = {"scale": 0.3, "output_final_z": True, "reverse": reverse, "cu_seqlens": cu_seqlens}
+        outputs = fla_ops.normalize_output(**given, **settings)
+        return *outputs, *torch.autograd.grad(outputs, leaves, tensors[len(inputs) :])
+
+    with fla_ops.inlining():
+        graph = make_fx(dispatch_functionalize(run), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            *inputs, *arriving
+        )
+    assert not any("fla" in str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    assert_equal(list(graph(*inputs, *arriving)), list(run(*inputs, *arriving)))
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +10,9 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common.cpu import decay
-from fla_ops.simple_gla.cpu import aten, chunked
 from tests import numerics
 from tests.cases import EXPORT, cases
-from tests.contract.helpers import INTERPRETED, export, listing
+from tests.contract.helpers import export, listing
 
 FORMS = ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla", "parallel_simple_gla")
 STATEFUL = FORMS[:3]
@@ -78,19 +75,6 @@ def test_chunk_size_does_not_change_the_result(form: str, size: int) -> None:
     assert_equal(with_gradients(form, arguments | {"chunk_size": size}), with_gradients(form, arguments))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the ATen implementation")
-@pytest.mark.parametrize("given", [("g",), ("g_gamma",), ()], ids=["per-step", "constant", "none"])
-@pytest.mark.parametrize("form", STATEFUL[:2])
-def test_segments_go_on_from_each_other(form: str, given: tuple[str, ...]) -> None:
-    """Two chunks in a segment, in float64 on a CPU, against all chunks in one."""
-    decays = {"g": inputs(time=150)["g"], "g_gamma": -draw(H, seed=5).abs()}
-    arguments = inputs(time=150) | {"initial_state": draw(B, H, K, V, seed=6), "output_final_state": True, "g": None}
-    arguments |= {name: decays[name] for name in given}
-    whole = with_gradients(form, arguments)
-    with mock.patch.object(aten, "SEGMENT", 2 * B * H * V * 16):
-        assert_equal(with_gradients(form, arguments), whole)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_of_no_sequences(form: str) -> None:
     arguments = {name: x[:0] for name, x in inputs().items()}
@@ -99,24 +83,14 @@ def test_a_batch_of_no_sequences(form: str) -> None:
     assert [x.shape for x in gradients] == [x.shape for x in arguments.values()]
 
 
-@pytest.mark.parametrize("strength", [0.1, 1.5, 2.2, 4.0, 100.0])
-def test_chunks_are_made_small_enough_to_split_their_decay(strength: float) -> None:
-    g = torch.full((1, 70, 1), -strength)
-    g[:, 40:] = 0
-    size = decay.chunk_size(g, 64)
-    fits = [s for s in (64, 32, 16) if min(40, s) * strength < decay.SPLIT[torch.float32]]
-    assert size == (fits[0] if fits else 64)
-
-
 @pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("strength", [0.1, 1.7, 2.4])
-def test_many_chunks_of_mild_and_of_just_splittable_decay(form: str, strength: float) -> None:
+def test_many_chunks_of_mild_and_of_strong_decay(form: str, strength: float) -> None:
     """A chunk may decay by exp(-38): the step after its end still sees what lies right before it."""
-    time = 16 * (chunked.ROWS + 4) + 5
+    time = 16 * 12 + 5
     arguments = inputs(time, H, H) | {"initial_state": draw(B, H, K, V)}
     arguments["g"] = torch.full((B, time, H), -strength, dtype=torch.float64)
     single = {n: x.float() for n, x in arguments.items()}
-    assert decay.chunk_size(single["g"], 16) * strength < decay.SPLIT[torch.float32]
     found = with_gradients(form, single | {"output_final_state": True})
     expected = with_gradients("fused_recurrent_simple_gla", arguments | {"output_final_state": True})
     for x, y in zip(found, expected, strict=True):

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fla_ops.common.cpu.chunks import runs
-from fla_ops.validation import state_dtype
+from fla_ops.validation import cu_seqlens_values, state_dtype
 
 from ..call import Call
 from . import decay
@@ -51,6 +50,17 @@ def block_rows(group: int, window: int | None) -> int:
     """Rows of a block: fewer where many query heads share a key head, or where a window would hide most of it."""
     limit = ELEMENTS // (COLUMNS * group) if window is None else min(window, ELEMENTS // (COLUMNS * group))
     return max(32, min(ROWS, 1 << (limit.bit_length() - 1)))
+
+
+def runs(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, int, int]]:
+    """Which sequences lie in which steps of x [B, T, ...]: all of a dense batch at once, packed ones each on its
+    own.
+    """
+    batch, time = x.shape[:2]
+    if cu_seqlens is None:
+        return [(slice(0, batch), 0, time)]
+    offsets = cu_seqlens_values(cu_seqlens, time)
+    return [(slice(n, n + 1), a, b) for n, (a, b) in enumerate(pairwise(offsets))]
 
 
 def pieces(c: Call) -> Iterator[Piece]:

@@ -76,5 +76,8 @@ def _join(c: Any, name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
         return torch.stack(found).sum(0)
     if telling == ["T", "T"]:  # what steps have with steps: none across sequences
         offsets = _offsets(c)
-        found = [torch.nn.functional.pad(x, (a, offsets[-1] - a - x.shape[-1])) for a, x in zip(offsets, found)]
+        found = [
+            torch.nn.functional.pad(x, (a, offsets[-1] - a - x.shape[-1]))
+            for a, x in zip(offsets[:-1], found, strict=True)
+        ]
     return torch.cat(found, letters.index(telling[0]))

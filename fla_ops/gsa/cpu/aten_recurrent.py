@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from fla_ops import validation as valid
-from fla_ops.common.cpu import pools
 
 from .. import checks
 from ..call import Call, Gradients, Need, Outputs, Step
-from . import abc
+from . import abc, pools
 from .sequences import alone, empty_gradients, empty_states, places
 
 SMALL = 1 << 15  # products for one sequence and state that take no longer as elementwise ones than as a matrix product

@@ -5,9 +5,9 @@ With C steps in a chunk, P the running sum of g in it, S the state that enters i
     o_i = sum_{j <= i} D_ij (q_i . k_j) v_j + a_i S^T q_i        D_ij = exp(P_i - P_j), a_i = exp(P_i)
     S'  = a_C S + sum_j b_j k_j v_j^T                            b_j = exp(P_C - P_j)
 
-The chunk forms and the recurrent form are this, from any state to any state. The quadratic form is one chunk of T steps,
-whose weighted scores D_ij (q_i . k_j) are `attn`; where nobody asks for those, smaller chunks give the same o in less
-memory. A step is the recurrence once. Nothing is updated in place but the pool of a step.
+The chunk forms and the recurrent form are this, from any state to any state. The quadratic form is one chunk of T
+steps, whose weighted scores D_ij (q_i . k_j) are `attn`; where nobody asks for those, smaller chunks give the same o in
+less memory. A step is the recurrence once. Nothing is updated in place but the pool of a step.
 
 Tensors are [lanes, HK, G, rows, C, width], with G the value heads of a query and key head; chunks.py has the layouts.
 """
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from fla_ops.common.cpu import slots
+from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights
 from fla_ops.common.cpu.sequences import one_by_one
 from fla_ops.validation import cu_seqlens_values_async, state_dtype
 
 from .. import checks
 from ..call import Call, Gradients, Need, Outputs, Step, Weighted, WeightsNeed
-from .chunks import FORGET, Dense, Packed, layout_of, running, weights
 
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 

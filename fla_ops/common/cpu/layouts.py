@@ -20,26 +20,29 @@ FORGET = -1000.0  # exp of it is zero in any dtype, and it hides no digits that 
 
 
 def running(log_decay: Tensor, backwards: bool = False) -> Tensor:
-    """The running sum of log decays [..., C], in their float64. One of -inf counts as FORGET, so that a difference of two
-    sums is never NaN.
+    """The running sum of log decays [..., C], in their float64.
+
+    One of -inf counts as FORGET, so that a difference of two sums is never NaN.
     """
     log_decay = log_decay.clamp(min=FORGET)
     return log_decay.flip(-1).cumsum(-1).flip(-1) if backwards else log_decay.cumsum(-1)
 
 
 def weights(sums: Tensor, dtype: torch.dtype, backwards: bool = False) -> Tensor:
-    """D_ij = exp(sums_i - sums_j) for j <= i (for j >= i), else 0: sums [..., C] to [..., C, C]. Each is rounded once."""
+    """D_ij = exp(sums_i - sums_j) for j <= i (for j >= i), else 0: sums [..., C] to [..., C, C], each rounded once."""
     decay = (sums[..., :, None] - sums[..., None, :]).to(dtype).exp()
     return decay.triu() if backwards else decay.tril()
 
 
 def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
-    """x_r = exp(log_decay_r) x_{r-1} + added_r with x_{-1} = 0, for log_decay [..., R] in float64 and added [..., R, D];
-    `backwards` with r + 1 for r - 1. Inside blocks of rows first, then from block to block: no R x R matrix.
+    """x_r = exp(log_decay_r) x_{r-1} + added_r with x_{-1} = 0, or `backwards` with r + 1 for r - 1.
+
+    log_decay is [..., R] in float64, added [..., R, D]. Inside blocks of rows first, then from block to block: there is
+    no R x R matrix.
 
     A decay of NaN makes all that follows NaN, and must not meet the zeros of what comes before.
     """
-    rows = log_decay.shape[-1]
+    rows: Size = log_decay.shape[-1]
     size = min(BLOCK, rows) if isinstance(rows, int) else BLOCK
     blocks = (rows + size - 1) // size
     missing = blocks * size - rows
@@ -131,7 +134,7 @@ class Packed:
     def scan(
         self, updates: Tensor, log_total: Tensor, initial: Tensor | None, backwards: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """As Dense.scan along each sequence, with S [N, ..., K, V]: a sequence's first row forgets the one before it."""
+        """As Dense.scan along each sequence, with S [N, ..., K, V]: its first row forgets the one before it."""
         by, begins, ends = (-1, self.last, self.first_row) if backwards else (1, self.first, self.last_row)
         if initial is None:
             initial = updates.new_zeros((self.empty.shape[0], *updates.shape[1:-3], *updates.shape[-2:]))
