@@ -139,7 +139,12 @@ def generated(operator: str) -> Iterator[Refusal]:
 
 def best(operator: str, name: str) -> Case:
     """The case of an operator in which most is known about an argument."""
-    found = [case for case in cases(operator) if name in case.given and min(case.inputs()[name].shape) > 0]
+    found = []
+    for case in cases(operator):
+        inputs = case.inputs()
+        declared = case.axes == case.declaration.call(**inputs).axes  # a dispatcher may read other axes than its own
+        if name in case.given and declared and min(inputs[name].shape) > 0:
+            found.append(case)
     return max(found, key=lambda case: (EXPORT in case.tags, COMBINATION not in case.tags, len(case.given)))
 
 
