@@ -55,9 +55,12 @@ def factor(log_decay):
 
 
 @triton.jit
-def decayed(state, decay, rest, DECAY: tl.constexpr):
-    """(decay + rest) * state, for a block of steps."""
-    return state if DECAY == "none" else state * decay + state * rest
+def decayed(state, log_decay, DECAY: tl.constexpr):
+    """2 ** log_decay * state, for a block of steps."""
+    if DECAY == "none":
+        return state
+    decay, rest = factor(log_decay)
+    return state * decay + state * rest
 
 
 @triton.jit
@@ -119,16 +122,15 @@ def block_decay(
     """Factors of one block of steps, in walking order.
 
     Of step j, at step i [BT, BT]; of what enters, at step i [BT]; of step j, at the exit [BT]; of what enters, there,
-    in the two parts of `factor`.
+    as an exponent.
     """
     if DECAY == "none":
         between = tl.where(causal(BT, REVERSE), 1.0, 0.0)
         enter = tl.full([BT], 1.0, tl.float32)
-        leave, total, rest = enter, 1.0, 0.0
+        leave, log_total = enter, 0.0
     else:
         sums, count = running_sums(load_log_decay(g, first, steps, head, H, BT, DECAY))
         log_enter, log_leave, log_total = exponents(sums, count, BT, REVERSE)
         between = within(sums, count, BT, REVERSE)
         enter, leave = tl.exp2(log_enter), tl.exp2(log_leave)
-        total, rest = factor(log_total)
-    return between, enter, leave, total, rest
+    return between, enter, leave, log_total

@@ -53,7 +53,7 @@ def chunk_output_kernel(
         at, inside = state_tile(row * H + head, key, block * BV, K, V, BK, BV, False)
         scores += dot(queries, tl.trans(keys), PRECISION)
         out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
-    decay, from_start, _, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
     out = out * from_start[:, None] + dot(nearest(scores * decay, values.dtype), values, PRECISION)
     store_rows(o, out * scale, first, steps, block * BV, H, V, BT, BV)

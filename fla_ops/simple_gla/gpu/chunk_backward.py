@@ -133,7 +133,7 @@ def chunk_backward_kernel(
     v += head * V
     do += head * V
     matrix = row * H + head
-    decay, from_start, to_end, total, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
+    decay, from_start, to_end, log_total = block_decay(g, first, steps, head, H, BT, DECAY, False)
     if dv is not None:
         value_gradient(
             q, k, do, dstates, dv + head * V, decay, to_end, scale, matrix, first, steps,
@@ -147,7 +147,8 @@ def chunk_backward_kernel(
         )
         if dg is not None:
             log_decay = load_log_decay(g, first, steps, head, H, BT, DECAY)
-            dlog_decay = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier) + total * overlap
+            carried = tl.exp2(log_total) * overlap
+            dlog_decay = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(earlier, 0) - earlier) + carried
             dlog_decay = tl.where(log_decay <= RESET, 0.0, dlog_decay)
             t = tl.arange(0, BT)
             tl.store(dg + (first + t) * H + head, nearest(dlog_decay, dg.dtype.element_ty), mask=t < steps)

@@ -50,10 +50,10 @@ def chunk_state_kernel(
             tl.store(states + into, nearest(state, states.dtype.element_ty), mask=kept)
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         values = load_rows(v, first, steps, value, H, V, BT, BV)
-        _, _, leave, total, rest = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
+        _, _, leave, log_total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         if DECAY != "none" or REVERSE:
             values = nearest(values * (scale * leave)[:, None], values.dtype)
-        state = decayed(state, total, rest, DECAY) + dot(tl.trans(keys), values, PRECISION)
+        state = decayed(state, log_total, DECAY) + dot(tl.trans(keys), values, PRECISION)
     if final is not None:
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 

@@ -60,9 +60,9 @@ def fused_chunk_kernel(
             queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
             out = dot(queries, nearest(state, queries.dtype), PRECISION)
             scores = dot(queries, tl.trans(keys), PRECISION)
-        decay, enter, leave, total, rest = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
+        decay, enter, leave, log_total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         written = nearest(values * (leave * write_scale)[:, None], values.dtype)
-        state = decayed(state, total, rest, DECAY) + dot(tl.trans(keys), written, PRECISION)
+        state = decayed(state, log_total, DECAY) + dot(tl.trans(keys), written, PRECISION)
         if o is not None:
             scores = nearest(scores * (decay * write_scale), values.dtype)
             out = out * enter[:, None] + dot(scores, values, PRECISION)

@@ -36,7 +36,7 @@ from fla_ops.common.gpu.arguments import (
     refuse_width,
 )
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import LOG2E, advance, decayed, factor, gate
+from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
 
@@ -118,8 +118,8 @@ def fused_recurrent_kernel(
                 decay, rest = factor(tl.load(g + t * H + head).to(tl.float32) * LOG2E)
             elif DECAY == "head":
                 decay, rest = factor(tl.load(g + head).to(tl.float32) * LOG2E)
-    if DECAY_LAST:
-        state = decayed(state, decay, rest, DECAY)
+    if DECAY_LAST and DECAY != "none":
+        state = state * decay + state * rest
     if final is not None:
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
