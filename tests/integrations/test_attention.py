@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 )
 
 import fla_ops.integrations.transformers as integration
-from fla_ops.integrations.softmax_attention import CausalMask, attention, mask
+from fla_ops.integrations.softmax_attention import CausalMask, _last_rows, _newest, attention, mask
 from tests.integrations.models import build, padding, prompt
 from tests.numerics import close
 
@@ -80,6 +80,19 @@ def test_attention_equals_the_matrix_of_the_mask(how: dict[str, Any], steps: int
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, matrix, scale=0.3).transpose(1, 2)
     real = left_padding()[:, -steps:] if "attention_mask" in how else torch.ones(BATCH, steps, dtype=torch.bool)
     close(o[real], expected[real])
+
+
+@pytest.mark.parametrize("how", MASKS)
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sinks"])
+def test_the_operator_for_newest_steps_equals_dense_products(how: dict[str, Any], sink: bool) -> None:
+    """A GPU takes the operator, a CPU dense products."""
+    query, key, value = heads(1)
+    decay, window = mask(BATCH, 1, TIME, TIME - 1, **how)
+    sinks = torch.randn(4) if sink else None
+    dense = _last_rows(query, key, value, decay, 0.3, window, sinks)
+    by_step = (x.transpose(1, 2) for x in (query, key, value))
+    g = None if decay is None else decay[..., None].expand(-1, -1, 4)
+    close(_newest(*by_step, g, 0.3, window, sinks), dense)
 
 
 def test_nothing_is_built_for_what_needs_no_reset() -> None:
