@@ -66,6 +66,12 @@ RULES = [
         never=(*PUBLIC, "fla_ops.*.cpu"),
     ),
     Rule("launch settings", ("fla_ops.launch",), only=("torch", "triton", "fla_ops.launch")),
+    Rule(
+        "integrations",
+        ("fla_ops.integrations",),
+        only=("torch", "transformers", "fla_ops"),
+        never=(*BACKENDS, *CHECKS, *PUBLIC, *REGISTRY, *SHARED),
+    ),
 ]
 
 

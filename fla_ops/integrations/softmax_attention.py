@@ -99,7 +99,8 @@ def attention(
     if steps == time:
         return fla_ops.parallel_attn(q, k, v, g, scaling, window, sink_bias=s_aux), None
     inputs = (q, k, v) if s_aux is None else (q, k, v, s_aux)
-    if steps == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if steps == 1 and not recorded and query.device.type != "cpu":
         return _newest(q, k, v, g, scaling, window, s_aux), None
     return _last_rows(query, key, value, decay, scaling, window, s_aux), None
 
@@ -170,25 +171,40 @@ def _last_rows(
     window: int | None,
     sink: Tensor | None,
 ) -> Tensor:
-    """The last S of T rows as dense products: a prompt in pieces, for which there is no operator."""
-    steps, time = query.shape[2], key.shape[2]
-    rows = torch.arange(time - steps, time, device=key.device)[:, None]
-    columns = torch.arange(time, device=key.device)
+    """The last S of T rows as dense products, which read the cache [B, H, T, K] as it lies: a prompt in pieces, for
+    which there is no operator, and steps on a CPU, where the operator for them would copy it.
+    """
+    batch, heads, steps, width = query.shape
+    if window is not None:  # what no row sees is cut off
+        key, value = (x[:, :, 1 - window - steps :] for x in (key, value))
+        decay = None if decay is None else decay[:, 1 - window - steps :]
+    time = key.shape[2]
+    rows = query.reshape(batch, key.shape[1], -1, width)  # the query heads of one key head, and their steps
+    scores = (rows @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * (
+        width**-0.5 if scale is None else scale
+    )
+    scores = scores.view(batch, heads, steps, time)
+    seen = _seen(steps, time, decay, window, key.device)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        extra = sink.to(scores.dtype).view(1, heads, 1, 1).expand(batch, -1, steps, -1)
+        scores = torch.cat([scores, extra], -1)
+    weights = scores.softmax(-1)[..., :time].to(value.dtype)
+    o: Tensor = weights.reshape(batch, key.shape[1], -1, time) @ value
+    return o.view(batch, heads, steps, value.shape[-1]).transpose(1, 2)
+
+
+def _seen(steps: int, time: int, decay: Tensor | None, window: int | None, device: torch.device) -> Tensor | None:
+    """[B or 1, 1, S, T], which keys each of the last rows sees; None where it is all of them."""
+    if steps == 1 and decay is None:  # the window was cut out
+        return None
+    rows = torch.arange(time - steps, time, device=device)[:, None]
+    columns = torch.arange(time, device=device)
     seen = columns <= rows
     if window is not None:
         seen = seen & (columns > rows - window)
-    seen = seen[None]
-    if decay is not None:  # a row sees what lies between the last reset up to it and itself
-        resets = decay.isinf().cumsum(-1)
-        seen = seen & (resets[:, -steps:, None] == resets[:, None])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))
-    scores = grouped @ key.to(dtype)[:, :, None].transpose(-1, -2)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~seen[:, None, None], -math.inf)
-    if sink is not None:
-        extra = sink.to(dtype).unflatten(0, (key.shape[1], -1))[None, :, :, None, None]
-        scores = torch.cat([scores, extra.expand(*scores.shape[:-1], 1)], -1)
-    weights = scores.softmax(-1)[..., :time]
-    o: Tensor = weights @ value.to(dtype)[:, :, None]
-    return o.to(query.dtype).flatten(1, 2).transpose(1, 2)
+    if decay is None:
+        return seen[None, None]
+    resets = decay.isinf().cumsum(-1)  # a row sees what lies between the last reset up to it and itself
+    return (seen & (resets[:, -steps:, None] == resets[:, None]))[:, None]

@@ -47,10 +47,8 @@ def enable(*, force: bool = False) -> None:
         RuntimeError: if this release of transformers calls one of the functions otherwise. Nothing is replaced then; a
             module that is imported later raises it on import.
     """
+    _serve([module for name, module in sorted(sys.modules.items()) if _is_modelling(name)], force)
     _register_attention()
-    for name, module in sorted(sys.modules.items()):
-        if _is_modelling(name):
-            _serve(module, force)
     _Finder.install(force)
 
 
@@ -68,13 +66,13 @@ def patch(model: Model, *, force: bool = False) -> Model:
         RuntimeError: as for enable.
     """
     names = dict.fromkeys(type(m).__module__ for m in model.modules() if _is_modelling(type(m).__module__))
-    served = [serving for name in names for serving in _serve(sys.modules[name], force)]
+    served = _serve([sys.modules[name] for name in names], force)
     eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
     if eager and any(name.split(".")[2] in EAGER_ONLY for name in names):
         _register_attention()
         _attention_before[model] = "eager"
         model.set_attn_implementation(NAME)  # type: ignore[operator]
-        served.append("attention")
+        served = True
     if not served:
         raise ValueError(
             f"patch wants a model with Mamba-2 layers, MiniMax's lightning attention or attention with sinks, on "
@@ -240,8 +238,23 @@ def _is_modelling(name: str) -> bool:
     return name.startswith(MODULES) and ".modeling_" in name
 
 
-def _serve(module: ModuleType, force: bool) -> list[str]:
-    """Replace what can be replaced in one modelling module; the names that are served, those from before included."""
+def _serve(modules: list[ModuleType], force: bool) -> bool:
+    """Replace what can be replaced in some modelling modules; whether anything of them is served now."""
+    places = [place for module in modules for place in _places(module)]
+    todo = []
+    for owner, name, new in places:
+        old = getattr(owner, name)
+        if old is not new and (force or _is_torch_code(old)):
+            _check_parameters(f"{owner.__name__}.{name}", old, new)
+            todo.append((owner, name, old, new))
+    for owner, name, old, new in todo:  # after every check, so that an error leaves all modules as they were
+        setattr(owner, name, new)
+        _replaced.append((owner, name, old))
+    return any(getattr(owner, name) is new for owner, name, new in places)
+
+
+def _places(module: ModuleType) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Where a modelling module, or a class of it, holds what can be replaced, and by what."""
     found: list[tuple[Any, str, Callable[..., Any]]] = []
     if "mamba2_chunk_scan" in vars(module):
         found += [(module, name, new) for name, new in FUNCTIONS.items() if name in vars(module)]
@@ -249,16 +262,7 @@ def _serve(module: ModuleType, force: bool) -> list[str]:
         cls = vars(module).get(name)
         if isinstance(cls, type) and cls.__module__ == module.__name__:
             found.append((cls, "forward", new))
-    todo = []
-    for owner, name, new in found:
-        old = getattr(owner, name)
-        if old is not new and (force or _is_torch_code(old)):
-            _check_parameters(f"{owner.__name__}.{name}", old, new)
-            todo.append((owner, name, new, old))
-    for owner, name, new, old in todo:  # after every check, so that an error leaves the module as it was
-        setattr(owner, name, new)
-        _replaced.append((owner, name, old))
-    return [name for owner, name, new in found if getattr(owner, name) is new]
+    return found
 
 
 def _is_torch_code(function: Any) -> bool:
@@ -283,7 +287,7 @@ def _check_parameters(what: str, old: Callable[..., Any], new: Callable[..., Any
         version = importlib.import_module("transformers").__version__
         raise RuntimeError(
             f"transformers {version} calls {what} with ({', '.join(theirs)}); fla_ops serves it with "
-            f"({', '.join(ours)}). Nothing of this module was replaced: use a release of one that fits the other, or "
+            f"({', '.join(ours)}). Nothing was replaced: use a release of one that fits the other, or "
             "disable()"
         )
 
@@ -333,7 +337,7 @@ class _Finder:
             def run_and_serve(module: ModuleType) -> None:
                 run(module)
                 if self in sys.meta_path:
-                    _serve(module, self.force)
+                    _serve([module], self.force)
 
             spec.loader.exec_module = run_and_serve  # type: ignore[method-assign]
         return spec
