@@ -31,8 +31,21 @@ TARGETS = {
 }
 # 8.0 itself has 163 KiB; its settings also serve 8.6, 8.9 and 12.x.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+)")
+# A matrix instruction, and what says how it reads its operands.
+INSTRUCTION = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_)[\w.:]*")
+READ_AS = {
+    "tf32": re.compile(r"tf32|_xf32"),
+    "half": re.compile(r"\.bf16|\.f16|kind::f16|_bf16|_f16\b|x\d+f16"),
+    "float32": re.compile(r"v_mfma_f32_\d+x\d+x\d+(?:_\d+b)?_?f32"),
+}
+PRODUCT = re.compile(
+    r"tt\.dot .*?(?:inputPrecision = (?P<precision>\w+))? : tensor<(?:\d+x)+(?P<left>\w+)[,>].*? \* "
+    r"tensor<(?:\d+x)+(?P<right>\w+)[,>]"
+)
+# In the last form of Triton's own code, where a product of float32 operands in tf32 is one of these.
+LOWERED_TF32 = re.compile(r"tt\.dot .*inputPrecision = tf32 :|(?:warp_group_dot|tc_gen5_mma) .*?x(?:f32|tf32)\b")
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -57,7 +70,23 @@ class Usage:
     registers: int
     spilled: int
     shared: int
-    tensor_core: bool
+
+
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of a compiled kernel.
+
+    asked   operands and precision of every product, as Triton's first form of the kernel has them
+    read    how the matrix instructions of the machine code read their operands: "half", "tf32", "float32"
+    parts   how many products in tf32 there are for each of float32 that the kernel asks for
+    """
+
+    asked: frozenset[tuple[str, str]]
+    read: frozenset[str]
+    parts: float
+
+
+Specialisation = tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]], dict[str, Any]]
 
 
 @contextmanager
@@ -73,8 +102,10 @@ def launches(target: str) -> Iterator[list[Launch]]:
         yield recorded
 
 
-def compile_for(target: str, call: Launch) -> Any:
-    """The compiled kernel, specialised as a launch would: aligned pointers, absent tensors, multiples of 16."""
+def specialise(call: Launch) -> Specialisation:
+    """What a launch is compiled for: the kernel, its argument types, constants, multiples of 16, and options. As
+    Triton does: pointers are aligned, an absent tensor and an integer of 1 are constants.
+    """
     kernel, given = call.kernel, dict(zip(call.kernel.arg_names, call.args, strict=False)) | call.constants
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -88,16 +119,55 @@ def compile_for(target: str, call: Launch) -> Any:
         signature[name] = _triton_type(value)
         if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    settings = {name: value for name, value in call.constants.items() if name not in signature}
+    options = {name: value for name, value in call.constants.items() if name not in signature}
+    return kernel, signature, constants, attributes, options
+
+
+# Sizes on which a kernel's tile does not depend, and the blocks that a width is cut into.
+SIZES = ("H", "HK", "HQ", "HV", "WIDTH")
+BLOCKS = {"K": ("BK", "BU"), "V": ("BV", "BU"), "U": ("BU",), "M": ("BM",)}
+
+
+def shape_of(call: Launch) -> tuple[Any, ...]:
+    """What decides how many registers and how much memory a launch takes: its kernel, the types and presence of its
+    arguments, blocks and flags, and whether a width fills one block, has more, or leaves a part of one empty.
+    """
+    _, signature, constants, _, options = specialise(call)
+    shape = {name: value for name, value in constants.items() if name not in (*SIZES, *BLOCKS)}
+    for name, blocks in BLOCKS.items():
+        block = next((constants[b] for b in blocks if b in constants), None)
+        if name in constants and block is not None:
+            shape[name] = (constants[name] > block, constants[name] % block == 0)
+    return call.kernel.__name__, tuple(signature.items()), tuple(sorted(shape.items())), tuple(sorted(options.items()))
+
+
+def compile_for(target: str, call: Launch) -> Any:
+    """The compiled kernel."""
+    kernel, signature, constants, attributes, options = specialise(call)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options=settings)
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def usage(compiled: Any) -> Usage:
-    """Registers, spills, shared memory and whether the matrix units are used."""
+    """Registers, spills and shared memory."""
+    amd = compiled.asm.get("amdgcn")
+    registers, spilled = _nvidia(compiled.asm["cubin"]) if amd is None else _amd(amd)
+    return Usage(registers, spilled, compiled.metadata.shared)
+
+
+def products(compiled: Any) -> Products:
+    """What the kernel asks of the matrix units, and what became of it."""
+    found = list(PRODUCT.finditer(compiled.asm["ttir"]))
+    if len(found) != len(re.findall(r"= tt\.dot", compiled.asm["ttir"])):
+        raise ValueError("the compiler writes its products in a way that this module does not read")
+    asked = [(x["left"], x["precision"] or "ieee") for x in found]
+    wide = [x for x in asked if x[0] == "f32"]
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    registers, spilled = _amd(code) if "amdgcn" in compiled.asm else _nvidia(compiled.asm["cubin"])
-    return Usage(registers, spilled, compiled.metadata.shared, TENSOR_CORE.search(code) is not None)
+    read = set()
+    for instruction in set(INSTRUCTION.findall(code)):
+        read |= {kind for kind, pattern in READ_AS.items() if pattern.search(instruction)} or {instruction}
+    lowered = len(LOWERED_TF32.findall(compiled.asm["ttgir"]))
+    return Products(frozenset(asked), frozenset(read), lowered / len(wide) if wide else 0.0)
 
 
 def _triton_type(value: Any) -> str:

@@ -4,7 +4,8 @@ A sum of many steps leaves float32 too few digits for the difference of two neig
 and kept in two float32 parts, in powers of two: G = high + low, and G_i - G_j = (high_i - high_j) + (low_i - low_j) is
 as exact as the difference is small. A step that forgets does not enter the sum. It bounds what is visible: a row sees
 keys from the last such step on, and a key is seen by the rows before the next one. Both only ever grow along the
-sequence, so they also bound the loops of the kernels.
+sequence, so they also bound the loops of the kernels. All of this is done in two passes over blocks of steps, so that
+one long sequence fills the machine: what each block adds up to, then each block's own sums behind those before it.
 
 Arrays here are [HQ, B * T]: a head's steps lie side by side.
 """
@@ -48,43 +49,104 @@ def _smaller(a, b):
     return tl.minimum(a, b)
 
 
-@triton.jit(do_not_specialize=["T", "TOTAL"])
+@triton.jit
+def locate_block(row, cu_seqlens, T, N, BT: tl.constexpr, BP: tl.constexpr):
+    """The sequence's first step (int64) and length, which of its blocks lies in this row, and the row of its first.
+
+    Packed sequence n begins in row cu_seqlens[n] // BT + n: its blocks fit in front of the next one's, and no row has
+    to be looked up. In an unused row the block lies past the sequence's end.
+    """
+    if cu_seqlens is not None:
+        n = tl.full([], -1, tl.int32)
+        for first in range(0, N, BP):
+            i = first + tl.arange(0, BP)
+            begins = tl.load(cu_seqlens + i, mask=i < N, other=0).to(tl.int64) // BT + i
+            n += tl.sum(((i < N) & (begins <= row)).to(tl.int32), 0)
+        start, length = sequence_bounds(n, cu_seqlens, T)
+        origin = start // BT + n
+    else:
+        blocks = tl.cdiv(T, BT)
+        start, length, origin = row // blocks * T, T, row // blocks * blocks
+    return start, length, (row - origin).to(tl.int32), origin
+
+
+@triton.jit
+def sum_of(totals, begin, end, BP: tl.constexpr):
+    """totals[begin] + ... + totals[end - 1], [1], always in the same order."""
+    found = tl.zeros([1], tl.float64)
+    for first in range(begin, end, BP):
+        i = first + tl.arange(0, BP)
+        found += tl.sum(tl.load(totals + i, mask=i < end, other=0.0), 0, keep_dims=True)
+    return found
+
+
+@triton.jit(do_not_specialize=["T", "N", "ROWS"])
+def attn_decay_totals_kernel(
+    g,                                  # [B, T, HQ]
+    totals, newest, oldest,             # [HQ, ROWS] x 3
+    cu_seqlens,                         # [N + 1]
+    T, N, ROWS,
+    HQ: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+):
+    """Of each block: the sum of the steps that do not forget, and the last (else 0) and the first (else the sequence's
+    length) of those that do.
+    """
+    row, head, _ = split_program(1, HQ)
+    start, length, block, _ = locate_block(row, cu_seqlens, T, N, BT, BP)
+    t = block * BT + tl.arange(0, BT)
+    step = tl.load(g + (start + t) * HQ + head, mask=t < length, other=0.0).to(tl.float32)
+    forgets = step <= FORGETS
+    at = head.to(tl.int64) * ROWS + row
+    tl.store(totals + at, tl.sum(tl.where(forgets, 0.0, step).to(tl.float64), 0))
+    tl.store(newest + at, tl.max(tl.where(forgets, t, 0), 0))
+    tl.store(oldest + at, tl.min(tl.where(forgets, t, length), 0))
+
+
+@triton.jit(do_not_specialize=["T", "N", "ROWS", "TOTAL"])
 def attn_decay_sums_kernel(
     g,                                  # [B, T, HQ]
+    totals, newest, oldest,             # [HQ, ROWS] x 3
     high, low, since, until,            # [HQ, TOTAL]
     cu_seqlens,                         # [N + 1]
-    T, TOTAL,
-    HQ: tl.constexpr, BT: tl.constexpr,
+    T, N, ROWS, TOTAL,
+    HQ: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
 ):
-    n, head, _ = split_program(1, HQ)
-    start, length = sequence_bounds(n, cu_seqlens, T)
+    row, head, _ = split_program(1, HQ)
+    start, length, block, origin = locate_block(row, cu_seqlens, T, N, BT, BP)
+    if block * BT >= length:
+        return
     g += start * HQ + head
     base = head.to(tl.int64) * TOTAL + start
-    blocks = tl.cdiv(length, BT)
-    before = tl.zeros([1], tl.float64)
+    blocks = head.to(tl.int64) * ROWS + origin  # where those of the sequence lie
+    t = block * BT + tl.arange(0, BT)
+    inside = t < length
+
+    before = sum_of(totals + blocks, 0, block, BP)
     last = tl.zeros([1], tl.int32)
-    for block in range(blocks):
-        t = block * BT + tl.arange(0, BT)
-        step = tl.load(g + t.to(tl.int64) * HQ, mask=t < length, other=0.0).to(tl.float32)
-        forgets = step <= FORGETS
-        sums = before + tl.cumsum(tl.where(forgets, 0.0, step).to(tl.float64) * LOG2E, 0)
-        rounded = sums.to(tl.float32)
-        first = tl.maximum(last, tl.associative_scan(tl.where(forgets, t, 0), 0, _larger))
-        tl.store(high + base + t, rounded, mask=t < length)
-        tl.store(low + base + t, (sums - rounded.to(tl.float64)).to(tl.float32), mask=t < length)
-        tl.store(since + base + t, first, mask=t < length)
-        at_end = tl.arange(0, BT) == BT - 1
-        before = tl.sum(tl.where(at_end, sums, 0.0), 0, keep_dims=True)
-        last = tl.max(first, 0, keep_dims=True)
+    for first in range(0, block, BP):
+        i = first + tl.arange(0, BP)
+        last = tl.maximum(last, tl.max(tl.load(newest + blocks + i, mask=i < block, other=0), 0, keep_dims=True))
+    step = tl.load(g + t.to(tl.int64) * HQ, mask=inside, other=0.0).to(tl.float32)
+    forgets = step <= FORGETS
+    sums = (before + tl.cumsum(tl.where(forgets, 0.0, step).to(tl.float64), 0)) * LOG2E
+    rounded = sums.to(tl.float32)
+    tl.store(high + base + t, rounded, mask=inside)
+    tl.store(low + base + t, (sums - rounded.to(tl.float64)).to(tl.float32), mask=inside)
+    seen_from = tl.maximum(last, tl.associative_scan(tl.where(forgets, t, 0), 0, _larger))
+    tl.store(since + base + t, seen_from, mask=inside)
+
     if until is not None:
         after = tl.zeros([1], tl.int32) + length
-        for block in range(blocks):
-            t = (blocks - 1 - block) * BT + tl.arange(0, BT)
-            following = tl.load(g + (t + 1).to(tl.int64) * HQ, mask=t + 1 < length, other=0.0).to(tl.float32)
-            ends = tl.where(following <= FORGETS, t + 1, length)
-            end = tl.minimum(after, tl.associative_scan(ends, 0, _smaller, reverse=True))
-            tl.store(until + base + t, end, mask=t < length)
-            after = tl.min(end, 0, keep_dims=True)
+        count = tl.cdiv(length, BT)
+        for first in range(block + 1, count, BP):
+            i = first + tl.arange(0, BP)
+            ends = tl.load(oldest + blocks + i, mask=i < count, other=length)
+            after = tl.minimum(after, tl.min(ends, 0, keep_dims=True))
+        following = (t + 1 < length) & (tl.arange(0, BT) < BT - 1)
+        next_step = tl.load(g + (t + 1).to(tl.int64) * HQ, mask=following, other=0.0).to(tl.float32)
+        ends = tl.where(next_step <= FORGETS, t + 1, length)
+        end = tl.minimum(after, tl.associative_scan(ends, 0, _smaller, reverse=True))
+        tl.store(until + base + t, end, mask=inside)
 
 
 def decay_sums(c: Call, backward: bool = False) -> Gates:
@@ -97,49 +159,79 @@ def decay_sums(c: Call, backward: bool = False) -> Gates:
     since, until = (torch.empty(shape, dtype=torch.int32, device=c.g.device) for _ in range(2))
     gates = Gates(high, low, since, until if backward else None)
     entry = launch.entry("attn_decay_sums", c.g, 1, 1)
-    launch.run(
-        attn_decay_sums_kernel,
-        c.sequences * heads,
-        c.g, *gates, c.cu_seqlens, time, batch * time,
-        HQ=heads, BT=entry["BT"], **launch.options(entry),
-    )
+    rows, call = _blocks(c, entry)
+    totals = torch.empty(heads, rows, dtype=torch.float64, device=c.g.device)
+    newest, oldest = (torch.empty(heads, rows, dtype=torch.int32, device=c.g.device) for _ in range(2))
+    blocks, sizes = (totals, newest, oldest), (c.cu_seqlens, time, c.sequences, rows)
+    launch.run(attn_decay_totals_kernel, rows * heads, c.g, *blocks, *sizes, **call)
+    launch.run(attn_decay_sums_kernel, rows * heads, c.g, *blocks, *gates, *sizes, batch * time, **call)
     return gates
 
 
-@triton.jit(do_not_specialize=["T", "TOTAL"])
-def attn_decay_gradient_kernel(
-    g, drow, dcolumn, dg,               # [B, T, HQ], [HQ, TOTAL] x 2, [B, T, HQ]
+def _blocks(c: Call, entry: launch.Entry) -> tuple[int, dict[str, int]]:
+    """How many rows hold all blocks of steps, and constants of the kernels that walk them."""
+    steps = entry["BT"]
+    if c.cu_seqlens is None:
+        rows = c.g.shape[0] * triton.cdiv(c.g.shape[1], steps)
+    else:
+        rows = c.g.shape[1] // steps + c.sequences
+    return rows, {"HQ": c.g.shape[2], "BT": steps, "BP": entry["BP"], **launch.options(entry)}
+
+
+@triton.jit(do_not_specialize=["T", "N", "ROWS", "TOTAL"])
+def attn_change_totals_kernel(
+    drow, dcolumn, totals,              # [HQ, TOTAL] x 2, [HQ, ROWS]
     cu_seqlens,                         # [N + 1]
-    T, TOTAL,
-    HQ: tl.constexpr, BT: tl.constexpr,
+    T, N, ROWS, TOTAL,
+    HQ: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+):
+    """The sum of drow - dcolumn over each block."""
+    row, head, _ = split_program(1, HQ)
+    start, length, block, _ = locate_block(row, cu_seqlens, T, N, BT, BP)
+    at = head.to(tl.int64) * TOTAL + start + block * BT
+    change = load_change(drow + at, dcolumn + at, length - block * BT, BT)
+    tl.store(totals + head.to(tl.int64) * ROWS + row, tl.sum(change, 0))
+
+
+@triton.jit
+def load_change(drow, dcolumn, steps, BT: tl.constexpr):
+    """drow - dcolumn of the `steps` steps of a block, [BT] in float64, zero past them."""
+    t = tl.arange(0, BT)
+    change = tl.load(drow + t, mask=t < steps, other=0.0).to(tl.float64)
+    return change - tl.load(dcolumn + t, mask=t < steps, other=0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["T", "N", "ROWS", "TOTAL"])
+def attn_decay_gradient_kernel(
+    g, drow, dcolumn, totals, dg,       # [B, T, HQ], [HQ, TOTAL] x 2, [HQ, ROWS], [B, T, HQ]
+    cu_seqlens,                         # [N + 1]
+    T, N, ROWS, TOTAL,
+    HQ: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
 ):
     """dg_t = sum_{s >= t} (drow_s - dcolumn_s), none where a step forgets."""
-    n, head, _ = split_program(1, HQ)
-    start, length = sequence_bounds(n, cu_seqlens, T)
-    base = head.to(tl.int64) * TOTAL + start
-    blocks = tl.cdiv(length, BT)
-    after = tl.zeros([1], tl.float64)
-    for block in range(blocks):
-        t = (blocks - 1 - block) * BT + tl.arange(0, BT)
-        change = tl.load(drow + base + t, mask=t < length, other=0.0).to(tl.float64)
-        change -= tl.load(dcolumn + base + t, mask=t < length, other=0.0).to(tl.float64)
-        at = (start + t) * HQ + head
-        forgets = tl.load(g + at, mask=t < length, other=0.0).to(tl.float32) <= FORGETS
-        sums = after + tl.cumsum(change, 0, reverse=True)
-        found = tl.where(forgets, 0.0, sums).to(tl.float32)
-        tl.store(dg + at, nearest(found, dg.dtype.element_ty), mask=t < length)
-        after += tl.sum(change, 0, keep_dims=True)
+    row, head, _ = split_program(1, HQ)
+    start, length, block, origin = locate_block(row, cu_seqlens, T, N, BT, BP)
+    steps = length - block * BT
+    if steps <= 0:
+        return
+    first = head.to(tl.int64) * TOTAL + start + block * BT
+    change = load_change(drow + first, dcolumn + first, steps, BT)
+    blocks = head.to(tl.int64) * ROWS + origin  # where those of the sequence lie
+    sums = sum_of(totals + blocks, block + 1, tl.cdiv(length, BT), BP) + tl.cumsum(change, 0, reverse=True)
+    t = tl.arange(0, BT)
+    at = (start + block * BT + t) * HQ + head
+    forgets = tl.load(g + at, mask=t < steps, other=0.0).to(tl.float32) <= FORGETS
+    found = tl.where(forgets, 0.0, sums).to(tl.float32)
+    tl.store(dg + at, nearest(found, dg.dtype.element_ty), mask=t < steps)
 
 
 def decay_gradient(c: Call, drow: Tensor, dcolumn: Tensor) -> Tensor:
     """dg [B, T, HQ] from the sums of the scores' gradient over each row and each column, [HQ, B * T]."""
     batch, time, heads = c.g.shape
     dg = torch.empty(c.g.shape, dtype=c.g.dtype, device=c.g.device)
-    entry = launch.entry("attn_decay_gradient", c.g, 1, 1)
-    launch.run(
-        attn_decay_gradient_kernel,
-        c.sequences * heads,
-        c.g, drow, dcolumn, dg, c.cu_seqlens, time, batch * time,
-        HQ=heads, BT=entry["BT"], **launch.options(entry),
-    )
+    rows, call = _blocks(c, launch.entry("attn_decay_gradient", c.g, 1, 1))
+    totals = torch.empty(heads, rows, dtype=torch.float64, device=c.g.device)
+    changes, sizes = (drow, dcolumn, totals), (c.cu_seqlens, time, c.sequences, rows, batch * time)
+    launch.run(attn_change_totals_kernel, rows * heads, *changes, *sizes, **call)
+    launch.run(attn_decay_gradient_kernel, rows * heads, c.g, *changes, dg, *sizes, **call)
     return dg

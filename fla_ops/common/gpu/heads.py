@@ -12,14 +12,14 @@ from fla_ops import launch
 from .tiles import nearest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def group_sum_kernel(
     x, y,                       # [rows, GROUP, WIDTH], [rows, WIDTH]
-    elements,                   # of y
+    rows,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
+    inside = at < rows.to(tl.int64) * WIDTH
     x += at // WIDTH * (GROUP * WIDTH) + at % WIDTH
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(GROUP):
@@ -41,7 +41,7 @@ def group_sum(y: Tensor, like: Tensor) -> Tensor:
     x = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     entry = launch.entry("group_sum", like, like.shape[3], like.shape[3])
     launch.run(
-        group_sum_kernel, triton.cdiv(x.numel(), entry["BLOCK"]), y, x, x.numel(),
+        group_sum_kernel, triton.cdiv(x.numel(), entry["BLOCK"]), y, x, x.numel() // like.shape[3],
         GROUP=group, WIDTH=like.shape[3], BLOCK=entry["BLOCK"], **launch.options(entry),
     )
     return x
