@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,18 +85,26 @@ def test_compiled_bodies_give_the_operators_numbers() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("offsets", [None, [0, 0, 33, 34, 130]], ids=["dense", "packed-with-empty-and-single"])
-@pytest.mark.parametrize("gate", ["none", "step", "head", "resets"])
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        pytest.param("chunk_simple_gla", {"chunk_size": 16}, id="chunk"),
-        pytest.param("fused_recurrent_simple_gla", {}, id="recurrent"),
-        pytest.param("fused_recurrent_simple_gla", {"reverse": True}, id="recurrent-reverse"),
-        pytest.param("parallel_simple_gla", {}, id="parallel"),
-        pytest.param("parallel_simple_gla", {"output_attentions": True}, id="parallel-with-weights"),
-    ],
-)
+PACK = [0, 0, 33, 34, 130]  # with an empty sequence and one of a step
+FORMS = {
+    "chunk": ("chunk_simple_gla", {"chunk_size": 16}),
+    "recurrent": ("fused_recurrent_simple_gla", {}),
+    "recurrent-reverse": ("fused_recurrent_simple_gla", {"reverse": True}),
+    "parallel": ("parallel_simple_gla", {}),
+    "parallel-with-weights": ("parallel_simple_gla", {"output_attentions": True}),
+}
+QUICK = ("chunk-step-packed", "recurrent-reverse-resets-dense", "parallel-with-weights-head-packed")
+
+
+def traced() -> Iterator[Any]:
+    """Every form with every kind of decay, dense and packed; tracing takes seconds, so that most are slow."""
+    for (name, (form, options)), gate in product(FORMS.items(), ("none", "step", "head", "resets")):
+        for layout, offsets in (("dense", None), ("packed", PACK)):
+            case = f"{name}-{gate}-{layout}"
+            yield pytest.param(form, options, gate, offsets, id=case, marks=[pytest.mark.slow] * (case not in QUICK))
+
+
+@pytest.mark.parametrize(("form", "options", "gate", "offsets"), traced())
 def test_the_traced_body_is_the_operator(form: str, options: dict, gate: str, offsets: list[int] | None) -> None:
     """A graph of ATen calls for any length, against the same body as it runs eagerly, one sequence after the other."""
     q, k, v, g = (x.double() for x in activations(2 if offsets is None else 1, 130))
@@ -109,7 +120,9 @@ def test_the_traced_body_is_the_operator(form: str, options: dict, gate: str, of
         options = options | {"output_final_state": True}
     names = list(given)
     packed = () if offsets is None else (torch.tensor(offsets),)
-    shapes = [y.shape for y in getattr(fla_ops, form)(**given, **options, **dict(zip(["cu_seqlens"], packed)))]
+    shapes = [
+        y.shape for y in getattr(fla_ops, form)(**given, **options, **dict(zip(["cu_seqlens"], packed, strict=False)))
+    ]
     arriving = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
     def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
