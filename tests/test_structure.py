@@ -22,11 +22,13 @@ TEXT_SUFFIXES = {".py", ".cpp", ".h", ".md", ".toml", ".txt", ".json", ".csv"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 120
+MAX_PARAMETERS = 9  # of a function that is neither a kernel nor public: what takes more takes a call
 
 # The rooms of a family: what every backend shares, and a folder for each backend.
 BACKENDS = ("fla_ops.*.cpu", "fla_ops.*.gpu")
-CHECKS = ("fla_ops.validation", "fla_ops.*.checks")
-PUBLIC = ("fla_ops.dispatch", "fla_ops.*.api", "fla_ops.*.forms", "fla_ops.*.reference")
+CALLS = ("fla_ops.signature", "fla_ops.*.call")
+CHECKS = ("fla_ops.validation", "fla_ops.*.checks", *CALLS)
+PUBLIC = ("fla_ops.dispatch", "fla_ops.public", "fla_ops.*.api", "fla_ops.*.forms", "fla_ops.*.reference")
 REGISTRY = ("fla_ops.meta", "fla_ops.registrations")
 SHARED = ("fla_ops.common", "fla_ops.launch")
 
@@ -47,6 +49,7 @@ class Rule:
 
 RULES = [
     Rule("validation", ("fla_ops.validation",), only=("torch",)),
+    Rule("calls", CALLS, only=("torch", *CALLS)),
     Rule("checks", ("fla_ops.*.checks",), only=("torch", *CHECKS)),
     Rule("fakes", ("fla_ops.meta",), only=("torch", "fla_ops.meta", *CHECKS)),
     Rule("registrations", ("fla_ops.registrations",), only=("torch", *REGISTRY, *CHECKS)),
@@ -141,6 +144,24 @@ def test_only_package_inits_import_an_api() -> None:
     assert not broken, "; ".join(broken)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_what_two_families_share_is_common_and_nothing_else_is(backend: str) -> None:
+    """A module of fla_ops/common/ is imported by two families or more, if need be through others of that folder."""
+    modules = [p for p in sources(f"fla_ops/common/{backend}") if p.name != "__init__.py"]
+    names = {path: module_name(path) for path in sources("fla_ops")}
+    users: dict[str, set[str]] = {}
+    for path in modules:
+        found = [n for p, n in names.items() if any(matches(x, (module_name(path),)) for x in imports(p)) and p != path]
+        users[module_name(path)] = {n.split(".")[1] if not n.startswith("fla_ops.common") else n for n in found}
+
+    def families(module: str) -> set[str]:
+        direct = users.get(module, set())
+        return {x for x in direct if "." not in x}.union(*(families(x) for x in direct if "." in x))
+
+    alone = {module: families(module) for module in users if len(families(module)) < 2 and families(module)}
+    assert not alone, f"these have one family that uses them, and live with it: {alone}"
+
+
 def test_linear_and_lightning_own_no_kernel_but_normalisation() -> None:
     modules = (path for path in sources("fla_ops/linear_attn", "fla_ops/lightning_attn") if path.name != "normalize.py")
     broken = [relative(path) for path in modules if any(matches(name, ("triton",)) for name in imports(path))]
@@ -174,6 +195,21 @@ def test_files_and_functions_are_short() -> None:
                         f"{relative(path)}:{node.lineno}: {node.name} has {lines} lines, over {MAX_FUNCTION_LINES}"
                     )
     assert not long, "; ".join(long)
+
+
+def test_functions_take_a_call_rather_than_its_arguments() -> None:
+    """Kernels take what they load, public functions and references what people pass."""
+    long = []
+    for path in sources(*PACKAGE_FOLDERS):
+        if path.name in ("api.py", "reference.py") or path.is_relative_to(ROOT / "fla_ops" / "integrations"):
+            continue
+        for node in ast.walk(parse(path)):
+            if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in node.decorator_list):
+                continue
+            count = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+            if count > MAX_PARAMETERS:
+                long.append(f"{relative(path)}:{node.lineno}: {node.name} has {count} parameters")
+    assert not long, f"over {MAX_PARAMETERS}: {'; '.join(long)}"
 
 
 def project_texts() -> Iterator[tuple[Path, str]]:

@@ -75,7 +75,7 @@ def forward(c: Call):
     index = chunk_index.build(batch, time, cu_seqlens, min(c.chunk_size, entry["BT"]))
 
     final = final_state(c)
-    states = chunk_states(index, k, v, decay, c.initial_state, final, c.state_v_first, cu_seqlens)
+    states = chunk_states(index, c, k, v, c.initial_state, final)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(

@@ -169,13 +169,11 @@ def backward(c: Call, d: Outputs, need: Need):
 
     states = dstates = dstate = None
     if need.q or need_gate:
-        states = chunk_states(index, k, v, decay, c.initial_state, None, c.state_v_first, cu_seqlens)
+        states = chunk_states(index, c, k, v, c.initial_state, None)
     keep = need.k or need.v or need_gate
     if keep or need.initial_state:
         dstate = torch.empty_like(c.initial_state) if need.initial_state else None
-        dstates = chunk_states(
-            index, q, do, decay, d.final_state, dstate, c.state_v_first, cu_seqlens, c.factor, reverse=True, keep=keep
-        )
+        dstates = chunk_states(index, c, q, do, d.final_state, dstate, c.factor, reverse=True, keep=keep)
     dq, dk = (per_value_head(q, heads) if wanted else None for wanted in (need.q, need.k))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
     dg = v.new_empty((batch, time, heads), dtype=c.g.dtype if need.g else torch.float32) if need_gate else None

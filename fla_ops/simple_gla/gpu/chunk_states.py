@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import block_decay, decayed
+from fla_ops.common.gpu.gates import block_decay, decayed, gate
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile
+
+from ..call import Call
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -60,13 +62,11 @@ def chunk_state_kernel(
 
 def chunk_states(
     index: ChunkIndex,
+    c: Call,
     k: Tensor,
     v: Tensor,
-    gate: tuple[Tensor | None, str],
     initial: Tensor | None,
     final: Tensor | None,
-    state_v_first: bool,
-    cu_seqlens: Tensor | None,
     scale: float = 1.0,
     reverse: bool = False,
     keep: bool = True,
@@ -75,18 +75,18 @@ def chunk_states(
 
     With reverse=True, k and v are q and do, and the result is the gradient that arrives after each chunk.
     """
-    batch, time, key_heads, key_width = k.shape
+    decay = gate(c)
+    time, key_heads, key_width = k.shape[1:]
     heads, value_width = v.shape[2:]
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = torch.empty(index.rows, heads, key_width, value_width, dtype=k.dtype, device=k.device) if keep else None
     entry = launch.entry("chunk_state", k, key_width, value_width)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(
         chunk_state_kernel,
-        sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
-        k, v, gate[0], initial, states, final, cu_seqlens, index.ends, scale, time,
+        c.sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
+        k, v, decay[0], initial, states, final, c.cu_seqlens, index.ends, scale, time,
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
-        DECAY=gate[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=state_v_first,
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=c.state_v_first,
         **launch.options(entry),
     )
     return states

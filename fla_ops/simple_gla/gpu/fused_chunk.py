@@ -12,6 +12,8 @@ kernels where a state is too wide for one program.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -71,34 +73,34 @@ def fused_chunk_kernel(
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
 
-def walk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: tuple[Tensor | None, str],
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    initial: Tensor | None = None,
-    o: Tensor | None = None,
-    final: Tensor | None = None,
-    transposed: bool = False,
-    read_scale: float = 1.0,
-    write_scale: float = 1.0,
-    reverse: bool = False,
-) -> None:
-    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K]."""
-    batch, time, _, key_width = k.shape
-    heads, value_width = v.shape[2:]
-    heads = max(heads, k.shape[2])
-    entry = launch.entry("fused_chunk", q, key_width, value_width)
+class Walk(NamedTuple):
+    """One walk along every sequence and head: q, k, v in their roles, what it starts from and what it fills."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    initial: Tensor | None = None
+    o: Tensor | None = None  # [B, T, H, V]
+    final: Tensor | None = None
+    transposed: bool = False  # states are [N, H, V, K]
+    read_scale: float = 1.0
+    write_scale: float = 1.0
+    reverse: bool = False
+
+
+def walk(c: Call, w: Walk) -> None:
+    """Launch a walk over the sequences of a call, with its decays."""
+    decay, time, key_width = gate(c), w.k.shape[1], w.k.shape[3]
+    heads, value_width = max(w.v.shape[2], w.k.shape[2]), w.v.shape[3]
+    entry = launch.entry("fused_chunk", w.q, key_width, value_width)
     value_block = launch.block(entry["BV"], value_width)
     launch.run(
         fused_chunk_kernel,
-        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], initial, o, final, cu_seqlens, read_scale, write_scale, time,
-        H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
-        BT=min(chunk_size, entry["BT"]), BK=launch.block(entry["key_width"], key_width), BV=value_block,
-        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=transposed,
+        c.sequences * heads * triton.cdiv(value_width, value_block),
+        w.q, w.k, w.v, decay[0], w.initial, w.o, w.final, c.cu_seqlens, w.read_scale, w.write_scale, time,
+        H=heads, HQ=w.q.shape[2], HK=w.k.shape[2], HV=w.v.shape[2], K=key_width, V=value_width,
+        BT=min(c.chunk_size, entry["BT"]), BK=launch.block(entry["key_width"], key_width), BV=value_block,
+        DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=w.reverse, TRANSPOSED=w.transposed,
         **launch.options(entry),
     )
 
@@ -115,10 +117,7 @@ def forward(c: Call):
     c = contiguous(c)
     final = final_state(c)
     o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)
-    walk(
-        c.q, c.k, c.v, gate(c), c.cu_seqlens, c.chunk_size,
-        initial=c.initial_state, o=o, final=final, transposed=c.state_v_first, read_scale=c.factor,
-    )
+    walk(c, Walk(c.q, c.k, c.v, c.initial_state, o, final, c.state_v_first, read_scale=c.factor))
     return o, final
 
 
@@ -131,17 +130,17 @@ def backward(c: Call, d: Outputs, need: Need):
         return chunk.backward(c, d, need)
     c, d = contiguous(c), contiguous(d)
     q, k, v, do, initial = c.q, c.k, c.v, d.o, c.initial_state
-    heads, turned, sequences = v.shape[2], not c.state_v_first, (gate(c), c.cu_seqlens, c.chunk_size)
+    heads, turned = v.shape[2], not c.state_v_first
     dq, dk = (per_value_head(q, heads) if wanted else None for wanted in (need.q, need.k))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
     dstate = torch.empty(initial.shape, dtype=initial.dtype, device=v.device) if need.initial_state else None
     if need.q:
-        walk(do, v, k, *sequences, initial=initial, o=dq, transposed=turned, read_scale=c.factor)
+        walk(c, Walk(do, v, k, initial, dq, transposed=turned, read_scale=c.factor))
     past = {"initial": d.final_state, "write_scale": c.factor, "reverse": True}
     if need.v or need.initial_state:
-        walk(k, q, do, *sequences, o=dv, final=dstate, transposed=c.state_v_first, **past)
+        walk(c, Walk(k, q, do, o=dv, final=dstate, transposed=c.state_v_first, **past))
     if need.k:
-        walk(v, do, q, *sequences, o=dk, transposed=turned, **past)
+        walk(c, Walk(v, do, q, o=dk, transposed=turned, **past))
     return (
         group_sum(dq, q) if need.q else None,
         group_sum(dk, k) if need.k else None,

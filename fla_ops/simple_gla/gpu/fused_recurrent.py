@@ -18,7 +18,7 @@ of which each walk computes one: without what step t writes and reads itself, so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,45 +124,46 @@ def fused_recurrent_kernel(
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
 
 
-def walk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: tuple[Tensor | None, str],
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    initial: Tensor | None = None,
-    o: Tensor | None = None,
-    final: Tensor | None = None,
-    transposed: bool = False,
-    read_scale: float = 1.0,
-    write_scale: float = 1.0,
-    decay_last: bool = False,
-    index: ChunkIndex | None = None,
-    kept: Tensor | None = None,
-    products: Tensor | None = None,
-    probe: Tensor | None = None,
-    passing: Tensor | None = None,
-) -> None:
-    """Fill o [B, T, H, V] and final, where given, from q, k, v in their roles; `transposed` states are [N, H, V, K].
+class Walk(NamedTuple):
+    """One walk along every sequence and head: q, k, v in their roles, what it starts from and what it fills.
 
-    kept [rows, H, K, V] receives the state before the last step of each of the index's chunks, or, with products
-    [rows, H, value blocks], holds what to multiply with after it. passing [B, T, H, value blocks] receives the product
-    of probe, which is like v, with o as it is without what the step itself writes.
+    kept receives the state before the last step of each of the index's chunks, or, with products, holds what to
+    multiply with after it. passing receives the product of probe, which is like v, with o as it is without what the
+    step itself writes.
     """
-    batch, time, _, key_width = k.shape
-    value_width = v.shape[3]
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    entry = launch.entry("fused_recurrent", q, key_width, value_width)
-    value_block = _value_block(q, key_width, value_width)
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    reverse: bool
+    initial: Tensor | None = None
+    o: Tensor | None = None  # [B, T, H, V]
+    final: Tensor | None = None
+    transposed: bool = False  # states are [N, H, V, K]
+    read_scale: float = 1.0
+    write_scale: float = 1.0
+    decay_last: bool = False
+    index: ChunkIndex | None = None
+    kept: Tensor | None = None  # [rows, H, K, V]
+    products: Tensor | None = None  # [rows, H, value blocks]
+    probe: Tensor | None = None
+    passing: Tensor | None = None  # [B, T, H, value blocks]
+
+
+def walk(c: Call, w: Walk) -> None:
+    """Launch a walk over the sequences of a call, with its decays."""
+    decay, time, key_width, value_width = gate(c), w.k.shape[1], w.k.shape[3], w.v.shape[3]
+    heads = max(w.q.shape[2], w.k.shape[2], w.v.shape[2])
+    entry = launch.entry("fused_recurrent", w.q, key_width, value_width)
+    value_block = _value_block(w.q, key_width, value_width)
     launch.run(
         fused_recurrent_kernel,
-        (batch if cu_seqlens is None else cu_seqlens.shape[0] - 1) * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], initial, o, final, kept, products, probe, passing,
-        cu_seqlens, None if index is None else index.ends, read_scale, write_scale, time,
-        H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
-        BT=64 if index is None else index.size, BK=launch.block(WIDEST, key_width), BV=value_block,
-        DECAY=decay[1], DECAY_LAST=decay_last, REVERSE=reverse, TRANSPOSED=transposed, **launch.options(entry),
+        c.sequences * heads * triton.cdiv(value_width, value_block),
+        w.q, w.k, w.v, decay[0], w.initial, w.o, w.final, w.kept, w.products, w.probe, w.passing,
+        c.cu_seqlens, None if w.index is None else w.index.ends, w.read_scale, w.write_scale, time,
+        H=heads, HQ=w.q.shape[2], HK=w.k.shape[2], HV=w.v.shape[2], K=key_width, V=value_width,
+        BT=64 if w.index is None else w.index.size, BK=launch.block(WIDEST, key_width), BV=value_block,
+        DECAY=decay[1], DECAY_LAST=w.decay_last, REVERSE=w.reverse, TRANSPOSED=w.transposed, **launch.options(entry),
     )
 
 
@@ -180,10 +181,7 @@ def forward(c: Call):
     c = contiguous(c)
     final = final_state(c)
     o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)
-    walk(
-        c.q, c.k, c.v, gate(c), c.cu_seqlens, c.reverse,
-        initial=c.initial_state, o=o, final=final, transposed=c.state_v_first, read_scale=c.factor,
-    )
+    walk(c, Walk(c.q, c.k, c.v, c.reverse, c.initial_state, o, final, c.state_v_first, read_scale=c.factor))
     return o, final
 
 
@@ -208,15 +206,15 @@ def backward(c: Call, d: Outputs, need: Need):
     if need.q or need_gate:
         dq = per_value_head(q, heads) if need.q else None
         past = {"initial": initial, "transposed": turned, "read_scale": c.factor}
-        walk(do, v, k, decay, cu_seqlens, c.reverse, o=dq, **past, **keep)
+        walk(c, Walk(do, v, k, c.reverse, o=dq, **past, **keep))
     past = {"initial": d.final_state, "write_scale": c.factor, "decay_last": True}
     if need.v or need.initial_state:
-        walk(k, q, do, decay, cu_seqlens, not c.reverse, o=dv, final=dstate, transposed=c.state_v_first, **past)
+        walk(c, Walk(k, q, do, not c.reverse, o=dv, final=dstate, transposed=c.state_v_first, **past))
     if need_gate:
         keep |= {"products": products, "probe": k, "passing": writes}
     if need.k or need_gate:
         dk = per_value_head(q, heads) if need.k else None
-        walk(v, do, q, decay, cu_seqlens, not c.reverse, o=dk, transposed=turned, **past, **keep)
+        walk(c, Walk(v, do, q, not c.reverse, o=dk, transposed=turned, **past, **keep))
     if need_gate:
         dtype = c.g.dtype if need.g else torch.float32
         dg = windowed_gate_gradient(reads, writes, products, decay, index, cu_seqlens, c.reverse, dtype)

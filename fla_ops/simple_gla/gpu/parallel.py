@@ -116,27 +116,25 @@ def parallel_kernel(
 
 
 def product(
+    c: Call,
+    index: ChunkIndex,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: tuple[Tensor | None, str],
-    index: ChunkIndex,
-    cu_seqlens: Tensor | None,
     o: Tensor,
-    scale: float,
     attn: Tensor | None = None,
     dattn: Tensor | None = None,
     reverse: bool = False,
 ) -> None:
     """Fill o [B, T, H, V], and the visible part of attn where given, from q, k, v in their roles."""
-    key_width, heads, value_width = k.shape[3], o.shape[2], v.shape[3]
+    decay, key_width, heads, value_width = gate(c), k.shape[3], o.shape[2], v.shape[3]
     entry = launch.entry("parallel", q, key_width, value_width)
     value_block = launch.block(entry["BV"], value_width)
     launch.run(
         parallel_kernel,
         index.rows * heads * triton.cdiv(value_width, value_block),
-        q, k, v, decay[0], o, attn, dattn, cu_seqlens, index.sequence, index.ends,
-        scale, q.shape[1], packed_sequences(cu_seqlens),
+        q, k, v, decay[0], o, attn, dattn, c.cu_seqlens, index.sequence, index.ends,
+        c.factor, q.shape[1], packed_sequences(c.cu_seqlens),
         H=heads, HQ=q.shape[2], HK=k.shape[2], HV=v.shape[2], K=key_width, V=value_width,
         BT=index.size, BK=launch.block(entry["BK"], key_width), BV=value_block,
         DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, **launch.options(entry),
@@ -160,7 +158,7 @@ def forward(c: Call):
     batch, time, heads, _ = v.shape
     attn = torch.zeros((batch, heads, time, time), dtype=v.dtype, device=v.device) if c.output_attentions else None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    product(q, k, v, gate(c), _index(c), c.cu_seqlens, o, c.factor, attn)
+    product(c, _index(c), q, k, v, o, attn)
     return o, attn
 
 
@@ -169,18 +167,18 @@ def backward(c: Call, d: Weighted, need: WeightsNeed):
     need_gate = need.g or need.g_gamma
     c, d = contiguous(c), contiguous(d)
     q, k, v, do, dattn, cu_seqlens = c.q, c.k, c.v, d.o, d.attn, c.cu_seqlens
-    heads, scale, decay = v.shape[2], c.factor, gate(c)
+    heads, decay = v.shape[2], gate(c)
     index = _index(c)
     dq = dk = dv = dg = None
     if need.q or need_gate:
         dq = per_value_head(q, heads, exact=need_gate)
-        product(do, v, k, decay, index, cu_seqlens, dq, scale, dattn=dattn)
+        product(c, index, do, v, k, dq, dattn=dattn)
     if need.k or need_gate:
         dk = per_value_head(q, heads, exact=need_gate)
-        product(v, do, q, decay, index, cu_seqlens, dk, scale, dattn=dattn, reverse=True)
+        product(c, index, v, do, q, dk, dattn=dattn, reverse=True)
     if need.v:
         dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        product(k, q, do, decay, index, cu_seqlens, dv, scale, reverse=True)
+        product(c, index, k, q, do, dv, reverse=True)
     if need_gate:
         dtype = c.g.dtype if need.g else torch.float32
         dg = gate_gradient(q, k, dq, dk, decay, index, cu_seqlens, dtype)
