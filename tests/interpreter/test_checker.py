@@ -1,4 +1,4 @@
-"""The memory checker on kernels with one fault each, which it must name, and on the same without, where it is silent."""
+"""The memory checker on kernels with one fault each, which it must name, and on others, where it is silent."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_result_that_is_not_written_to_its_end(copy: Any) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        pytest.param(lambda: planted.update_kernel[(1,)](numbers(), BLOCK=8, ORDERED=False, num_warps=1), id="one-warp"),
+        pytest.param(
+            lambda: planted.update_kernel[(1,)](numbers(), BLOCK=8, ORDERED=False, num_warps=1), id="one-warp"
+        ),
         pytest.param(lambda: planted.update_kernel[(1,)](numbers(), BLOCK=8, ORDERED=True), id="barrier"),
         pytest.param(lambda: planted.update_kernel[(1,)](numbers(128), BLOCK=128, ORDERED=False), id="own-elements"),
         pytest.param(lambda: planted.mirror_kernel[(1,)](numbers(), BLOCK=8, ORDERED=True), id="two-barriers"),
@@ -108,7 +110,10 @@ def test_offsets_of_more_than_32_bits() -> None:
     def last(count: int) -> list[int]:
         return [count - 1]
 
-    assert kinds(lambda: planted.rows_kernel[(70000,)](x, 32768, BLOCK=16), some_programs=last) == {"overflow", "bounds"}
+    assert kinds(lambda: planted.rows_kernel[(70000,)](x, 32768, BLOCK=16), some_programs=last) == {
+        "overflow",
+        "bounds",
+    }
     assert not kinds(lambda: planted.rows_kernel[(65535,)](x, 32768, BLOCK=16), some_programs=last)
 
 
