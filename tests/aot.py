@@ -43,7 +43,10 @@ PRODUCT = re.compile(
     r"tensor<(?:\d+x)+(?P<right>\w+)[,>]"
 )
 # In the last form of Triton's own code, where a product of float32 operands in tf32 is one of these.
-LOWERED_TF32 = re.compile(r"tt\.dot .*inputPrecision = tf32 :|(?:warp_group_dot|tc_gen5_mma) .*?x(?:f32|tf32)\b")
+LOWERED_TF32 = re.compile(
+    r"tt\.dot .*?inputPrecision = tf32 : tensor<(?:\d+x)+f32,"
+    r"|(?:warp_group_dot|tc_gen5_mma) .*? : (?:!ttg\.memdesc|tensor)<(?:\d+x)+f32,"
+)
 POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",

@@ -19,8 +19,8 @@ remembers what has happened to that element. What is found, by kind:
     unwritten      an operator returns elements that nothing wrote
     overflow       an integer operation leaves 32 bits (only in a Checker of `some_programs`)
 
-With `some_programs`, a function from the number of programs of a launch to those that are to run, sizes may be beyond any
-memory: tensors on the meta device are arguments, loads from which give zeros.
+With `some_programs`, a function from the number of programs of a launch to those that are to run, sizes may be beyond
+any memory: tensors on the meta device are arguments, loads from which give zeros.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -43,6 +44,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
 from .shadow import Shadow
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SPACE = 1 << 44  # bytes between the addresses of two arguments; a storage begins in the middle
 BUILDER, Handle, Executor = interpreter.interpreter_builder, interpreter.TensorHandle, interpreter.GridExecutor
@@ -91,7 +95,7 @@ class Checker(TorchDispatchMode):
             for (kind, kernel, what, where), count in self.findings.items()
         )
 
-    def __enter__(self) -> Checker:
+    def __enter__(self) -> Self:
         """Take the interpreter's launches, loads and stores; entered again inside operators."""
         if self._depth == 0:
             replaced: dict[tuple[Any, str], Any] = {
@@ -207,7 +211,7 @@ class Checker(TorchDispatchMode):
         kernels = [m for m in list(sys.modules.values()) if _defines_kernels(m)]
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(executor, "grid", (len(chosen),)))
-            stack.enter_context(mock.patch.object(BUILDER, "set_grid_dim", lambda *_: set_dim(count, 1, 1)))
+            stack.enter_context(mock.patch.object(BUILDER, "set_grid_dim", partial(_whole_grid, set_dim, count)))
             stack.enter_context(mock.patch.object(BUILDER, "set_grid_idx", lambda x, *_: set_idx(chosen[x], 0, 0)))
             for module in kernels:
                 stack.enter_context(mock.patch.object(module, "range", _narrow_range, create=True))
@@ -307,6 +311,10 @@ class Checker(TorchDispatchMode):
         key = (kind, kernel, what, where or _lines())
         self.findings[key] += 1
         self._examples.setdefault(key, f"program {self._program}: {example}" if where is None else example)
+
+
+def _whole_grid(set_dim: Callable[..., None], count: int, *_: int) -> None:
+    set_dim(count, 1, 1)
 
 
 def _base(number: int) -> int:

@@ -1,4 +1,4 @@
-"""The memory checker on kernels with one fault each, which it must name, and on the same without, where it is silent."""
+"""The memory checker on kernels with one fault each, which it must name, and on others, where it is silent."""
 
 from __future__ import annotations
 
