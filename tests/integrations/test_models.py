@@ -93,6 +93,12 @@ def test_generated_tokens(name: str) -> None:
         assert torch.equal(model.generate(**call, max_new_tokens=6, do_sample=False), expected)
 
 
+def test_lightning_steps_of_large_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the operator, small ones through ATen: no state of these models is large."""
+    monkeypatch.setattr(integration, "SMALL_STATE", 0)
+    test_generated_tokens("minimax")
+
+
 LENGTHS = (14, 1, 22)
 
 
