@@ -281,13 +281,16 @@ def _is_torch_code(function: Any) -> bool:
     """Whether transformers found no package to call in place of its own PyTorch code.
 
     Its decorator keeps the answer in a variable, which its wrapper closes over; what is not wrapped is its own code.
+    What is no function at all is somebody else's.
     """
-    while function is not None:
+    while inspect.isfunction(function):
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if "is_new_implementation" in cells:
             return not cells["is_new_implementation"].cell_contents
-        function = getattr(function, "__wrapped__", None)
-    return True
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+    return False
 
 
 def _check_parameters(what: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:

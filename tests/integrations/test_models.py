@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 import fla_ops.integrations.transformers as integration
-from tests.integrations.models import RECURRENT, SCANS, SOFTMAX, build, padding, prompt
+from tests.integrations.models import EVERY, RECURRENT, SCANS, SOFTMAX, build, padding, prompt
 from tests.numerics import check, close
-
-EVERY = (*RECURRENT, *SOFTMAX)
 
 
 def serve(name: str, model: Any) -> Any:
