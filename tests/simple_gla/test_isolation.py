@@ -60,11 +60,10 @@ OPERATORS = {
     **{form: partial(gsa, form=form) for form in ("chunk_gsa", "fused_recurrent_gsa")},
     "parallel_attn": attn,
 }
-# ATen's chunk form of simple_gla chooses the size of its chunks, and how it multiplies by decays, by all gates' values.
 EXACT = [
     pytest.param(operator, *served.values, id=f"{name}-{served.id}")
     for name, operator in OPERATORS.items()
-    for served in (SERVED[:1] if name in FORMS[:2] else SERVED)
+    for served in SERVED
 ]
 
 

@@ -34,23 +34,32 @@ def weights(sums: Tensor, dtype: torch.dtype, backwards: bool = False) -> Tensor
     return decay.triu() if backwards else decay.tril()
 
 
+def whole(total: Tensor, *decays: Tensor) -> Tensor:
+    """The log decay over a whole chunk, [...], NaN where one of the decays [..., C] inside it is NaN or overflows.
+
+    It alone tells later chunks so: what is multiplied by such a decay is left out of the state.
+    """
+    for decay in decays:
+        total = torch.where(decay.isfinite().all(-1), total, torch.nan)
+    return total
+
+
 def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
     """x_r = exp(log_decay_r) x_{r-1} + added_r with x_{-1} = 0, or `backwards` with r + 1 for r - 1.
 
     log_decay is [..., R] in float64, added [..., R, D]. Inside blocks of rows first, then from block to block: there is
-    no R x R matrix.
-
-    A decay of NaN makes all that follows NaN, and must not meet the zeros of what comes before.
+    no R x R matrix. A decay of NaN makes all that follows NaN, and must not meet the zeros of what comes before.
     """
     rows: Size = log_decay.shape[-1]
     size = min(BLOCK, rows) if isinstance(rows, int) else BLOCK
     blocks = (rows + size - 1) // size
     missing = blocks * size - rows
     sums = running(_longer(log_decay, missing, axis=-1).unflatten(-1, (blocks, size)), backwards)
-    local = weights(sums, added.dtype, backwards) @ _longer(added, missing, axis=-2).unflatten(-2, (blocks, size))
+    within = weights(sums, added.dtype, backwards)
+    local = within @ _longer(added, missing, axis=-2).unflatten(-2, (blocks, size))
     last = 0 if backwards else -1
-    total, ends = sums[..., last], local[..., last, :]
-    ends = torch.where(total[..., None].isnan(), 0, ends)
+    total = whole(sums[..., last], within[..., last, :])
+    ends = torch.where(total[..., None].isnan(), 0, local[..., last, :])
     ends = weights(running(total, backwards), added.dtype, backwards) @ ends  # x at each block's end
     entering = pad(ends, (0, 0, 0, 1))[..., 1:, :] if backwards else pad(ends, (0, 0, 1, 0))[..., :-1, :]
     x = torch.addcmul(local, sums.to(added.dtype).exp()[..., None], entering.unsqueeze(-2))
@@ -58,11 +67,12 @@ def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
 
 
 class Dense:
-    """A batch of sequences of one length."""
+    """A batch of sequences of one length; without a size, in one chunk each."""
 
-    def __init__(self, batch: Size, time: Size, size: Size, reverse: bool = False) -> None:
-        self.batch, self.time, self.size, self.reverse = batch, time, torch.sym_max(size, 1), reverse
-        self.rows = torch.sym_max((time + self.size - 1) // self.size, 1)
+    def __init__(self, batch: Size, time: Size, size: int | None = None, reverse: bool = False) -> None:
+        self.batch, self.time, self.reverse = batch, time, reverse
+        self.size = _some(time) if size is None else size
+        self.rows = 1 if size is None else _some((time + size - 1) // size)
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, heads, width] to [B, heads, rows, C, width] in `dtype`, contiguous."""
@@ -101,7 +111,7 @@ class Packed:
         cu_seqlens_values_async(offsets, time)
         starts, ends = offsets[:-1].long(), offsets[1:].long()
         sequences = starts.shape[0]
-        self.rows = torch.sym_max((time + sequences * (size - 1)) // size, 1)
+        self.rows = _some((time + sequences * (size - 1)) // size)
         chunks = (ends - starts + size - 1) // size
         after = chunks.cumsum(0)
         self.empty = chunks == 0
@@ -147,7 +157,7 @@ class Packed:
         return states, torch.where(self.empty.reshape(-1, *[1] * (final.dim() - 1)), initial, final)
 
 
-def layout_of(c: Any, size: Size) -> Dense | Packed:
+def layout_of(c: Any, size: int) -> Dense | Packed:
     """The steps of a call in chunks of `size`."""
     if c.cu_seqlens is None:
         return Dense(*c.q.shape[:2], size, c.reverse)
@@ -156,6 +166,11 @@ def layout_of(c: Any, size: Size) -> Dense | Packed:
 
 def _advance(state: Tensor, log_total: Tensor, update: Tensor) -> Tensor:
     return torch.addcmul(update, log_total.to(state.dtype).exp()[..., None, None], state)
+
+
+def _some(size: Size) -> Size:
+    """At least one; a size that is symbolic is."""
+    return max(size, 1) if isinstance(size, int) else size
 
 
 def _longer(x: Tensor, by: Size, axis: int) -> Tensor:

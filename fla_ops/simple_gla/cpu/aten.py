@@ -9,7 +9,7 @@ The chunk forms and the recurrent form are this, from any state to any state. Th
 steps, whose weighted scores D_ij (q_i . k_j) are `attn`; where nobody asks for those, smaller chunks give the same o in
 less memory. A step is the recurrence once. Nothing is updated in place but the pool of a step.
 
-Tensors are [lanes, HK, G, rows, C, width], with G the value heads of a query and key head; chunks.py has the layouts.
+Tensors are [lanes, HK, G, rows, C, width], with G the value heads of a query and key head; layouts.py has them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.common.cpu import slots
-from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights
+from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights, whole
 from fla_ops.common.cpu.sequences import one_by_one
 from fla_ops.validation import cu_seqlens_values_async, state_dtype
 
@@ -107,8 +107,10 @@ class Chunks(NamedTuple):
 
     @property
     def updates(self) -> Tensor:
-        """What each chunk adds to the state. A decay of NaN is left to log_total, which reaches no earlier chunk."""
-        return (self.k * self.to_end.nan_to_num(0.0, torch.inf)).mT @ self.v
+        """What each chunk adds to the state. A decay that is no number is left to log_total, which reaches no earlier
+        chunk.
+        """
+        return (self.k * self.to_end.nan_to_num(0.0, 0.0)).mT @ self.v
 
 
 def _cut(c: Call, size: int) -> Chunks:
@@ -122,7 +124,7 @@ def _cut_whole(c: Call) -> Chunks:
         cu_seqlens_values_async(c.cu_seqlens, c.q.shape[1])
         begins = torch.isin(torch.arange(c.q.shape[1], device=c.q.device), c.cu_seqlens)
         log_decay = torch.where(begins[:, None], FORGET, log_decay)
-    return _chunks(c, Dense(*c.q.shape[:2], c.q.shape[1]), log_decay)
+    return _chunks(c, Dense(*c.q.shape[:2]), log_decay)
 
 
 def _log_decay(c: Call) -> Tensor:
@@ -139,8 +141,9 @@ def _chunks(c: Call, layout: Dense | Packed, log_decay: Tensor) -> Chunks:
     v = layout.split(c.v, dtype).unflatten(1, groups)
     sums = running(layout.split(log_decay[..., None], torch.float64).squeeze(-1)).unflatten(1, groups)
     within = weights(sums, dtype)
-    from_start, to_end = sums.to(dtype).exp()[..., None], within[..., -1:, :].mT
-    return Chunks(layout, q * c.factor, k, v, within, from_start, to_end, sums[..., -1])
+    from_start, to_end = sums.to(dtype).exp(), within[..., -1, :]
+    log_total = whole(sums[..., -1], from_start, to_end)
+    return Chunks(layout, q * c.factor, k, v, within, from_start[..., None], to_end[..., None], log_total)
 
 
 def _read_out(c: Call, x: Chunks) -> tuple[Tensor, Tensor]:
@@ -153,11 +156,11 @@ def _read_out(c: Call, x: Chunks) -> tuple[Tensor, Tensor]:
 def _gradients(
     c: Call, x: Chunks, do: Tensor, need: Need, dfinal: Tensor | None = None, dattn: Tensor | None = None
 ) -> Gradients:
-    """The README's section on gradients. That of g_gamma stays as wide as it is summed."""
+    """The README's section on gradients. That of g_gamma is added up, and stays, in float64."""
     do = x.layout.split(do, x.v.dtype).unflatten(1, (c.k.shape[2], -1))
     updates = x.updates
     states, _ = x.layout.scan(updates, x.log_total, _enter(c, c.initial_state))
-    dupdates = (x.q * x.from_start.nan_to_num(0.0, torch.inf)).mT @ do
+    dupdates = (x.q * x.from_start.nan_to_num(0.0, 0.0)).mT @ do
     dstates, dinitial = x.layout.scan(dupdates, x.log_total, _enter(c, dfinal), backwards=True)
     dproducts = do @ x.v.mT
     if dattn is not None:
@@ -179,7 +182,7 @@ def _gradients(
         dsteps = x.layout.join(dsteps.flatten(1, 2)[..., None], do.dtype).squeeze(-1)
         forgotten = (c.g if c.g is not None else c.g_gamma).to(do.dtype).exp() == 0
         dsteps = torch.where(forgotten, 0, dsteps)
-        dg, dgamma = (dsteps.to(c.g.dtype), None) if need.g else (None, dsteps.sum((0, 1)))
+        dg, dgamma = (dsteps.to(c.g.dtype), None) if need.g else (None, dsteps.sum((0, 1), dtype=torch.float64))
     return (
         x.layout.join(dq.sum(2) * c.factor, c.q.dtype) if need.q else None,
         x.layout.join(dk.sum(2), c.k.dtype) if need.k else None,
