@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_ops.validation import COUNTED, letters_of, pattern_of
-from tests.cases import COMBINATION, EXPORT, FAMILIES, Case, Inputs, cases
+from tests.cases import COMBINATION, EXPORT, Case, Inputs, cases
 
 ACTIVATIONS = ("q", "k", "v", "o")  # these share one dtype
 HEADS = ("H", "HK", "HQ")  # of which one is a multiple of another
@@ -63,7 +64,8 @@ class Refusal:
 @cache
 def refusals() -> tuple[Refusal, ...]:
     """Every call that must be refused."""
-    written = [r for family in FAMILIES for r in importlib.import_module(f"tests.{family}.refusals").REFUSALS]
+    families = sorted(path.parent.name for path in Path(__file__).parent.glob("*/refusals.py"))
+    written = [r for family in families for r in importlib.import_module(f"tests.{family}.refusals").REFUSALS]
     operators = dict.fromkeys(case.operator for case in cases())
     return (*written, *(r for operator in operators for r in generated(operator)))
 
@@ -149,9 +151,13 @@ def best(operator: str, name: str) -> Case:
 
 
 def elsewhere(case: Case, name: str) -> Refusal:
-    """On another device than q, whose own is the rule; the host's copy belongs on the host."""
-    message = {"q": r"^\w+ must be on meta like q, got cpu$", "cu_seqlens_cpu": f"^{name} must be on cpu, got meta$"}
-    expected = message.get(name, f"^{name} must be on cpu like q, got meta$")
+    """On another device than the first argument, whose own is the rule; the host's copy belongs on the host."""
+    first = case.declaration.fields[0]
+    message = {
+        first: rf"^\w+ must be on meta like {first}, got cpu$",
+        "cu_seqlens_cpu": f"^{name} must be on cpu, got meta$",
+    }
+    expected = message.get(name, f"^{name} must be on cpu like {first}, got meta$")
     return Refusal(f"{name}-elsewhere", case, {name: to_meta}, ValueError, expected, "device")
 
 
@@ -159,8 +165,9 @@ def of_other_dtypes(case: Case, name: str, given: Mapping[str, Tensor]) -> Itera
     """Activations that differ, integers for gates and states, floats for offsets and slots."""
     if name in ACTIVATIONS:
         shared = [field for field in case.declaration.fields if field in ACTIVATIONS]
-        got = ", ".join("float16" if field == name else "float32" for field in shared)
-        wrong = {"float16": f"^{', '.join(shared)} must share one of {FLOATS}, got {got}$"}
+        other = "float16" if len(shared) > 1 else "int32"
+        got = ", ".join(other if field == name else "float32" for field in shared)
+        wrong = {other: f"^{', '.join(shared)} must share one of {FLOATS}, got {got}$"}
     elif not given[name].is_floating_point():
         wrong = {"float32": f"^{name} {INTEGRAL}$"}
     elif name in case.mutated:

@@ -32,6 +32,9 @@ NAME = "fla_ops"
 MODULES = "transformers.models."
 # Models that have no other choice than eager attention where there is no flash kernel: their attention has sinks.
 EAGER_ONLY = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash")
+# States up to this many numbers are in the cache of a core: three passes of ATen over them cost less than one call of
+# an operator in eager code.
+SMALL_STATE = 1 << 17
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -208,18 +211,27 @@ def _lightning_attention(
         qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)
     batch, time, width = qkv.shape
     heads = self.num_attention_heads
-    decay = self.slope_rate.view(-1).neg()
     state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
     if state is not None and time == 1 and not torch.is_grad_enabled():
         q, k, v = qkv.view(batch, heads, 3, -1).unbind(2)
-        o = fla_ops.simple_gla_step_(q, k, v, state, None, decay, 1.0)
+        o = _lightning_step(q, k, v, state, self.slope_rate)
     else:
         q, k, v = qkv.view(batch, time, heads, 3, -1).unbind(3)
+        decay = self.slope_rate.view(-1).neg()
         o, state = fla_ops.simple_gla(q, k, v, None, decay, 1.0, initial_state=state, output_final_state=True)
     if past_key_values is not None:
         past_key_values.set_linear_cache(self.layer_idx, state)
     o = self.norm(o.view(batch, time, width // 3))
     return self.out_proj(F.sigmoid(self.output_gate(hidden_states)) * o), state
+
+
+def _lightning_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, slope_rate: Tensor) -> Tensor:
+    """One step of the state [B, H, K, V], in place; q, k and v [B, H, K], slope_rate [H, 1, 1]."""
+    small = state.device.type == "cpu" and state.numel() <= SMALL_STATE and q.dtype == state.dtype
+    if small and not torch.compiler.is_compiling():
+        state.mul_(slope_rate.neg().exp()).addcmul_(k[..., None], v[..., None, :])
+        return (q[..., None, :] @ state)[..., 0, :]
+    return fla_ops.simple_gla_step_(q, k, v, state, None, slope_rate.view(-1).neg(), 1.0)
 
 
 # By the name in a modelling module; a replacement has the parameters of what it replaces. The convolutions are taken
@@ -269,13 +281,16 @@ def _is_torch_code(function: Any) -> bool:
     """Whether transformers found no package to call in place of its own PyTorch code.
 
     Its decorator keeps the answer in a variable, which its wrapper closes over; what is not wrapped is its own code.
+    What is no function at all is somebody else's.
     """
-    while function is not None:
+    while inspect.isfunction(function):
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         if "is_new_implementation" in cells:
             return not cells["is_new_implementation"].cell_contents
-        function = getattr(function, "__wrapped__", None)
-    return True
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+    return False
 
 
 def _check_parameters(what: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:

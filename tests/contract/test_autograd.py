@@ -96,13 +96,13 @@ def test_double_backward_is_refused(case: Case) -> None:
 
 @TRAINED
 def test_double_backward_through_transforms_is_refused(case: Case) -> None:
-    inputs = case.inputs()
+    inputs, first = case.inputs(), case.trained[0]
 
-    def function(q: Tensor) -> Tensor:
-        return case.call(inputs | {"q": q})[0].square().sum()
+    def function(x: Tensor) -> Tensor:
+        return case.call(inputs | {first: x})[0].square().sum()
 
     with pytest.raises(NotImplementedError, match=r"double backward through fla::\w+ is not supported"):
-        torch.func.grad(lambda q: torch.func.grad(function)(q).sum())(inputs["q"])
+        torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(inputs[first])
 
 
 @EVERY

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fla_ops.validation import letters_of
 from tests.cases import COMBINATION, EXPORT, Case, Inputs, cases
 from tests.contract.helpers import Named, cotangents, detached, evaluate, params, same_bits
 
@@ -46,7 +47,7 @@ def first_heads(case: Case) -> Spans:
 
 def part(case: Case, name: str, spans: Spans) -> tuple[slice | list[int], ...] | None:
     """Where what is poisoned lies in an input, an output or a gradient; None where all of a tensor depends on it."""
-    letters = case.axes[name if name in case.axes else name.removeprefix("d")].split()
+    letters = letters_of(case.axes[name if name in case.axes else name.removeprefix("d")])
     if not any(letter in spans for letter in letters):
         return None
     return tuple(spans.get(letter, slice(None)) for letter in letters)

@@ -154,13 +154,13 @@ def test_gradients_of_each_sample_of_packed_sequences(case: Case) -> None:
 def test_jacrev(case: Case) -> None:
     """A row of the Jacobian for each step and head, against a backward pass for each."""
     case = case.resized(B=1, T=3)
-    inputs = case.inputs()
+    inputs, first = case.inputs(), case.trained[0]
 
-    def function(q: Tensor) -> Tensor:
-        return case.call(inputs | {"q": q})[0].sum(-1).flatten()
+    def function(x: Tensor) -> Tensor:
+        return case.call(inputs | {first: x})[0].sum(-1).flatten()
 
-    found = torch.func.jacrev(function)(inputs["q"])
-    q = inputs["q"].requires_grad_()
+    found = torch.func.jacrev(function)(inputs[first])
+    q = inputs[first].requires_grad_()
     for row, y in zip(found, function(q), strict=True):
         numerics.close(row, torch.autograd.grad(y, q, retain_graph=True)[0])
 

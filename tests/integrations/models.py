@@ -139,6 +139,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 RECURRENT = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "minimax")
 SCANS = RECURRENT[:-1]
 SOFTMAX = ("gpt_oss", "granite_swa", "mimo_v2_flash", "llama", "mistral", "qwen2_moe")
+EVERY = (*RECURRENT, *SOFTMAX)
 
 
 def build(name: str, **changes: Any) -> Any:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 import fla_ops.integrations.transformers as integration
-from tests.integrations.models import RECURRENT, SCANS, SOFTMAX, build, padding, prompt
+from tests.integrations.models import EVERY, RECURRENT, SCANS, SOFTMAX, build, padding, prompt
 from tests.numerics import check, close
-
-EVERY = (*RECURRENT, *SOFTMAX)
 
 
 def serve(name: str, model: Any) -> Any:
@@ -91,6 +89,12 @@ def test_generated_tokens(name: str) -> None:
     serve(name, model)
     for call, expected in zip(calls, theirs, strict=True):
         assert torch.equal(model.generate(**call, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_lightning_steps_of_large_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the operator, small ones through ATen: no state of these models is large."""
+    monkeypatch.setattr(integration, "SMALL_STATE", 0)
+    test_generated_tokens("minimax")
 
 
 LENGTHS = (14, 1, 22)

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import fla_ops.integrations.transformers as integration
-from tests.integrations.models import RECURRENT, SOFTMAX, build, padding, prompt
+from tests.integrations.models import EVERY, build, padding, prompt
 from tests.integrations.test_models import serve
 from tests.numerics import close
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-EVERY = [*RECURRENT, *SOFTMAX]
 QUICK = ("mamba2", "gpt_oss")
 
 

@@ -35,6 +35,17 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def dot_state(a, state, PRECISION: tl.constexpr):
+    """a state, for a state that was kept in a's dtype, or in float32 beside float16: a sum over many steps may be out
+    of float16's range. tf32 has as many digits as float16, and float32's range.
+    """
+    if a.dtype == tl.float16:
+        return dot(a.to(tl.float32), state, "tf32")
+    else:
+        return dot(a, state, PRECISION)
+
+
+@triton.jit
 def store_back(at, tile, mask):
     """Store where the program loaded from. A tile with fewer elements than the program has threads is held by several
     of them: all must have loaded before one stores.

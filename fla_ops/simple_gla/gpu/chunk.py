@@ -16,7 +16,7 @@ from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.gates import block_decay, gate
-from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
+from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
 from ..call import Call, Outputs
@@ -52,7 +52,7 @@ def chunk_output_kernel(
         keys = load_rows(k, first, steps, key, HK, K, BT, BK)
         at, inside = state_tile(row * H + head, key, block * BV, K, V, BK, BV, False)
         scores += dot(queries, tl.trans(keys), PRECISION)
-        out += dot(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
+        out += dot_state(queries, tl.load(states + at, mask=inside, other=0.0), PRECISION)
     decay, from_start, _, _ = block_decay(g, first, steps, head, H, BT, DECAY, False)
     values = load_rows(v, first, steps, block * BV, H, V, BT, BV)
     out = out * from_start[:, None] + dot(nearest(scores * decay, values.dtype), values, PRECISION)

@@ -27,7 +27,7 @@ from fla_ops.common.gpu.arguments import contiguous, packed_sequences
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.gates import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.gpu.heads import group_sum, per_value_head
-from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
+from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 
 from ..call import Call, Need, Outputs, turned_gradients
 from .chunk_states import chunk_states
@@ -64,10 +64,10 @@ def query_key_gradient(
             at, inside = state_tile(matrix, key, value, K, V, BK, BV, False)
             if NEED_Q:
                 state = tl.load(states + at, mask=inside, other=0.0)
-                dqueries += dot(load_rows(do, first, steps, value, H, V, BT, BV), tl.trans(state), PRECISION)
+                dqueries += dot_state(load_rows(do, first, steps, value, H, V, BT, BV), tl.trans(state), PRECISION)
             if NEED_K:
                 dstate = tl.load(dstates + at, mask=inside, other=0.0)
-                dkeys += dot(load_rows(v, first, steps, value, H, V, BT, BV), tl.trans(dstate), PRECISION)
+                dkeys += dot_state(load_rows(v, first, steps, value, H, V, BT, BV), tl.trans(dstate), PRECISION)
             if NEED_Q and NEED_K:
                 overlap += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
         queries = load_rows(q, first, steps, key, HK, K, BT, BK)
@@ -107,7 +107,7 @@ def value_gradient(
         for key in range(0, K, BK):
             at, inside = state_tile(matrix, key, value, K, V, BK, BV, False)
             keys = load_rows(k, first, steps, key, HK, K, BT, BK)
-            dvalues += dot(keys, tl.load(dstates + at, mask=inside, other=0.0), PRECISION)
+            dvalues += dot_state(keys, tl.load(dstates + at, mask=inside, other=0.0), PRECISION)
         dout = load_rows(do, first, steps, value, H, V, BT, BV)
         dvalues = dvalues * to_end[:, None] + dot(tl.trans(scores), dout, PRECISION)
         store_rows(dv, dvalues, first, steps, value, H, V, BT, BV)

@@ -71,14 +71,16 @@ def chunk_states(
     reverse: bool = False,
     keep: bool = True,
 ) -> Tensor | None:
-    """The state before each chunk, [rows, H, K, V] in k's dtype (kept only if asked for); fills `final` where given.
+    """The state before each chunk, [rows, H, K, V] in k's dtype, or float32 where that is float16, which could not hold
+    it (see dot_state); kept only if asked for. Fills `final` where given.
 
     With reverse=True, k and v are q and do, and the result is the gradient that arrives after each chunk.
     """
     decay = gate(c)
     time, key_heads, key_width = k.shape[1:]
     heads, value_width = v.shape[2:]
-    states = torch.empty(index.rows, heads, key_width, value_width, dtype=k.dtype, device=k.device) if keep else None
+    dtype = torch.float32 if k.dtype is torch.float16 else k.dtype
+    states = torch.empty(index.rows, heads, key_width, value_width, dtype=dtype, device=k.device) if keep else None
     entry = launch.entry("chunk_state", k, key_width, value_width)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(

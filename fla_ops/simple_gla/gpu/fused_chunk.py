@@ -31,6 +31,17 @@ from ..call import Call, Need, Outputs, turned_gradients
 from . import chunk
 
 
+@triton.jit
+def dot_carried(a, state, PRECISION: tl.constexpr):
+    """a state, for a state in float32, which is multiplied in a's dtype. Beside float16 it is shrunk into its range."""
+    if a.dtype == tl.float16:
+        size = tl.max(tl.max(tl.abs(state), 1), 0)
+        shrink = tl.exp2(-tl.maximum(tl.ceil(tl.log2(size)) - 15.0, 0.0))
+        return dot(a, nearest(state * shrink, a.dtype), PRECISION) / shrink
+    else:
+        return dot(a, nearest(state, a.dtype), PRECISION)
+
+
 @triton.jit(do_not_specialize=["T"])
 def fused_chunk_kernel(
     q, k, v, g,                             # [B, T, HQ, K], [B, T, HK, K], [B, T, HV, V], [B, T, H] or [H]
@@ -60,7 +71,7 @@ def fused_chunk_kernel(
         values = load_rows(v, first, steps, value, HV, V, BT, BV)
         if o is not None:
             queries = load_rows(q, first, steps, 0, HQ, K, BT, BK)
-            out = dot(queries, nearest(state, queries.dtype), PRECISION)
+            out = dot_carried(queries, state, PRECISION)
             scores = dot(queries, tl.trans(keys), PRECISION)
         decay, enter, leave, log_total = block_decay(g, first, steps, head, H, BT, DECAY, REVERSE)
         written = nearest(values * (leave * write_scale)[:, None], values.dtype)
