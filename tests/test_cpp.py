@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 from tests import numerics
 from tests.cases import COMBINATION, Case, cases
 from tests.contract import test_numbers
@@ -30,7 +30,7 @@ SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not 
 @pytest.fixture
 def without_kernels() -> Iterator[None]:
     """As where they do not compile."""
-    with mock.patch.object(compiled, "library", return_value=None):
+    with mock.patch.object(build, "library", return_value=None):
         yield
 
 
@@ -75,7 +75,7 @@ def check(form: str, arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_it_compiles_here_without_a_warning(source: str, recwarn: pytest.WarningsRecorder) -> None:
-    assert compiled.library(source) is not None
+    assert build.library(source) is not None
     assert [str(w.message) for w in recwarn] == []
 
 
@@ -128,7 +128,7 @@ def test_decays_that_grow_back(form: str) -> None:
 @pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
 def test_the_number_of_threads_does_not_change_a_bit(form: str) -> None:
     arguments = inputs(300, widths=(64, 64))
-    assert arguments["v"].numel() * 64 >= compiled.TOGETHER
+    assert arguments["v"].numel() * 64 >= build.TOGETHER
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -166,7 +166,7 @@ def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> No
     if torch.backends.cpu.get_cpu_capability() not in ("AVX512", capability):
         pytest.skip(f"not a machine that runs code for {capability}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(compiled, "_load", cache(compiled._load.__wrapped__))
+    monkeypatch.setattr(build, "_load", cache(build._load.__wrapped__))
     for form in (*CHUNKED, "fused_recurrent_simple_gla"):
         check(form, inputs(70, (1, 3)))
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fla_ops.common.cpu import build as compiled
-from fla_ops.common.cpu import cache
+from fla_ops.common.cpu import build, cache
 from tests.contract.helpers import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
@@ -349,9 +348,9 @@ def test_threads_of_one_process_compile_once(
 ) -> None:
     compiler, runs = counting
     monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setattr(compiled, "_load", compiled._load.__wrapped__)  # its results are those of another folder
-    compiled._find.cache_clear()
-    threads = [threading.Thread(target=compiled.library, args=SOURCES[:1]) for _ in range(4)]
+    monkeypatch.setattr(build, "_load", build._load.__wrapped__)  # its results are those of another folder
+    build._find.cache_clear()
+    threads = [threading.Thread(target=build.library, args=SOURCES[:1]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -361,18 +360,18 @@ def test_threads_of_one_process_compile_once(
 
 
 def test_every_source_of_the_package_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {path.relative_to(compiled.PACKAGE).as_posix() for path in compiled.PACKAGE.rglob("*.cpp")}
-    assert set(compiled.sources()) == found
+    found = {path.relative_to(build.PACKAGE).as_posix() for path in build.PACKAGE.rglob("*.cpp")}
+    assert set(build.sources()) == found
     asked: list[str] = []
-    monkeypatch.setattr(compiled, "library", asked.append)
-    assert compiled.warm() == dict.fromkeys(found, False)
+    monkeypatch.setattr(build, "library", asked.append)
+    assert build.warm() == dict.fromkeys(found, False)
     assert set(asked) == found
 
 
-@pytest.mark.parametrize("source", compiled.sources())
+@pytest.mark.parametrize("source", build.sources())
 def test_what_a_source_exports_is_known(source: str) -> None:
-    exported = compiled.exports(compiled._text(source))
+    exported = build.exports(build._text(source))
     assert "use_threads" in exported
     assert len(exported) > 2
-    library = compiled.library(source)
+    library = build.library(source)
     assert all(hasattr(library, name) for name in exported)

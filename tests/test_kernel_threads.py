@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 from tests.contract.helpers import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
@@ -36,10 +36,10 @@ def test_a_process_that_ran_a_kernel_has_one_openmp_runtime() -> None:
     assert len(found) == 1, found
 
 
-@pytest.mark.parametrize("source", compiled.sources())
+@pytest.mark.parametrize("source", build.sources())
 def test_a_library_names_no_openmp_runtime(source: str, tmp_path: Path) -> None:
     """PyTorch's may have another name than the compiler's: a library that depended on either would load a second."""
-    compiled._compile(compiled._text(source), compiled.FLAGS, tmp_path / "kernels.so")
+    build._compile(build._text(source), build.FLAGS, tmp_path / "kernels.so")
     assert not re.search(rb"lib[gi]?omp|GOMP_|__kmpc", (tmp_path / "kernels.so").read_bytes())
 
 
@@ -64,10 +64,10 @@ void run(int64_t threads, int64_t count, int64_t* by_thread, int64_t* met) {
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_team_shares_the_work_among_its_threads(threads: int, tmp_path: Path) -> None:
     path = tmp_path / "team.so"
-    header = compiled._text("common/cpu/threads.h")
-    compiled._compile(TEAM.replace('#include "common/cpu/threads.h"', header), compiled.FLAGS, path)
+    header = build._text("common/cpu/threads.h")
+    build._compile(TEAM.replace('#include "common/cpu/threads.h"', header), build.FLAGS, path)
     library = ctypes.CDLL(str(path))
-    library.use_threads(ctypes.byref(compiled._runtime()))
+    library.use_threads(ctypes.byref(build._runtime()))
     by_thread, met = torch.full((100,), -1), torch.zeros(100, dtype=torch.int64)
     count = ctypes.c_int64(100)
     pointers = (ctypes.c_void_p(x.data_ptr()) for x in (by_thread, met))
@@ -79,7 +79,7 @@ def test_a_team_shares_the_work_among_its_threads(threads: int, tmp_path: Path) 
 
 def test_without_a_runtime_one_thread_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert compiled.threads(compiled.TOGETHER) == 2
-    assert compiled.threads(compiled.TOGETHER - 1) == 1
-    monkeypatch.setattr(compiled, "_runtime", compiled.Runtime)
-    assert compiled.threads(compiled.TOGETHER) == 1
+    assert build.threads(build.TOGETHER) == 2
+    assert build.threads(build.TOGETHER - 1) == 1
+    monkeypatch.setattr(build, "_runtime", build.Runtime)
+    assert build.threads(build.TOGETHER) == 1

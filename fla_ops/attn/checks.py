@@ -38,5 +38,5 @@ def _shared(c: Call | Decoding) -> valid.Sizes:
     return sizes
 
 
-launch = valid.once(inputs)
-launch_decoding = valid.once(decoding)
+eager = valid.once(inputs)
+eager_decoding = valid.once(decoding)

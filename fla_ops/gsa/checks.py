@@ -34,5 +34,5 @@ def step(c: Step) -> valid.Sizes:
     return sizes
 
 
-launch = valid.once(inputs)
-launch_step = valid.once(step, pools=("state_k", "state_v"))
+eager = valid.once(inputs)
+eager_step = valid.once(step, pools=("state_k", "state_v"))

@@ -59,6 +59,6 @@ def pair(c: Call) -> None:
         raise ValueError(f"with normalize=False, initial_state must be kv [N, H, K, V] alone, got a pair {wanted}")
 
 
-launch = valid.once(inputs)
-launch_step = valid.once(step, pools=("z",))
-launch_whole_step = valid.once(whole_step, pools=("state", "z"))
+eager = valid.once(inputs)
+eager_step = valid.once(step, pools=("z",))
+eager_whole_step = valid.once(whole_step, pools=("state", "z"))

@@ -39,7 +39,7 @@ def step(c: Step) -> Tensor:
 
     simple_gla_step_ refuses before it updates; what only the division would refuse, after it, is refused here.
     """
-    checks.launch_whole_step(c)
+    checks.eager_whole_step(c)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         o = torch.ops.fla.simple_gla_step_(q, k, v, c.state, None, None, c.scale, c.slots)

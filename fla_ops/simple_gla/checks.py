@@ -31,5 +31,5 @@ def step(c: Step) -> valid.Sizes:
     return sizes
 
 
-launch = valid.once(inputs)
-launch_step = valid.once(step, pools=("state",))
+eager = valid.once(inputs)
+eager_step = valid.once(step, pools=("state",))

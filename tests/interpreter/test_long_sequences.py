@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fla_ops.common.gpu.gates import factor
+from fla_ops.common.gpu.decay import factor
 from fla_ops.simple_gla import reference
 from fla_ops.simple_gla.gpu import fused_recurrent
 from tests import numerics

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 from tests.cases import Draw
 from tests.contract.helpers import INTERPRETED
 
@@ -31,7 +31,7 @@ def kernels(compiles: bool) -> Iterator[None]:
     if compiles:
         yield
         return
-    with mock.patch.object(compiled, "library", return_value=None):
+    with mock.patch.object(build, "library", return_value=None):
         yield
 
 

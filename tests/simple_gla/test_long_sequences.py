@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fla_ops
-from fla_ops.common.cpu import build as compiled
+from fla_ops.common.cpu import build
 from tests import numerics
 from tests.cases import Draw
 from tests.contract.helpers import INTERPRETED
@@ -123,7 +123,7 @@ def test_decays_near_one(form: str, per_step: bool, decay: float) -> None:
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_decays_near_one_without_kernels(form: str) -> None:
     time = 1 << 16
-    with mock.patch.object(compiled, "library", return_value=None):
+    with mock.patch.object(build, "library", return_value=None):
         check(getattr(fla_ops, form), draw(time, 1, 16) | {"g_gamma": torch.tensor([-1e-5])}, constant(time))
 
 
@@ -138,7 +138,7 @@ def test_gradients_of_gates(form: str, decay: float) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "in-reverse"])
 def test_gradients_of_gates_without_kernels(reverse: bool) -> None:
-    with mock.patch.object(compiled, "library", return_value=None):
+    with mock.patch.object(build, "library", return_value=None):
         arguments = draw(1024, 2, 16) | {"g": torch.full((1, 1024, 2), -3.0)}
         check(fla_ops.fused_recurrent_simple_gla, arguments, reverse=reverse)
 

@@ -17,7 +17,7 @@ LARGE = 2.0**40  # a row's weights in one tile may add up to this before they ar
 
 def forward(c: Call) -> Outputs:
     """Every row's output and the logarithm of its denominator, and o's rounding residual if that is asked for."""
-    checks.launch(c)
+    checks.eager(c)
     o, lse, rest = outputs.without_keys(c) if c.window_size == 0 else outputs.empty(c)
     key_heads = c.k.shape[2]
     for piece in pieces(c):

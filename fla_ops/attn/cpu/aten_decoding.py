@@ -17,7 +17,7 @@ LINE = 64  # bytes: where the allocator lets a tensor begin
 
 def one_step(c: Decoding) -> Tensor:
     """o [1, N, HQ, V] in q's dtype; zeros where no key is seen."""
-    checks.launch_decoding(c)
+    checks.eager_decoding(c)
     dtype = valid.state_dtype(c.q)
     o = c.q.new_zeros((*c.q.shape[:3], c.v.shape[3]))
     sink = None if c.sink_bias is None else c.sink_bias.to(dtype).view(c.k.shape[2], -1, 1)

@@ -21,7 +21,7 @@ from fla_ops.common.gpu.tiles import dot, nearest, split_program
 
 from .. import checks
 from ..call import Decoding
-from .gates import LOG2E
+from .decay import LOG2E
 from .parallel import WIDEST, refuse_widths
 
 NEVER = tl.constexpr(float("-inf"))
@@ -139,7 +139,7 @@ def attn_join_kernel(
 
 def one_step(c: Decoding) -> Tensor:
     """o [1, N, HQ, V] in q's dtype; zeros where no key is seen."""
-    checks.launch_decoding(c)
+    checks.eager_decoding(c)
     refuse_float64(c.q)
     refuse_widths(c)
     check_offsets(c)

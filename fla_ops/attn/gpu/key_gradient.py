@@ -11,7 +11,7 @@ import triton.language as tl
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
 
-from .gates import LOG2E
+from .decay import LOG2E
 from .scores import last_seeing, tile_scores
 
 EVER = tl.constexpr(float("inf"))  # as a row's log-sum-exp: nothing has weight

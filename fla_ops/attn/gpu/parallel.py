@@ -20,7 +20,7 @@ from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, sto
 
 from .. import checks, outputs
 from ..call import RESIDUAL_SCALE, Call, Decoding, Outputs
-from .gates import LOG2E, decay_sums
+from .decay import LOG2E, decay_sums
 from .scores import column_range, tile_scores
 
 REST = tl.constexpr(RESIDUAL_SCALE)
@@ -118,7 +118,7 @@ def attn_forward_kernel(
 
 def forward(c: Call) -> Outputs:
     """Every row's output and the logarithm of its denominator, and o's rounding residual if that is asked for."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     refuse_widths(c)
     check_offsets(c)

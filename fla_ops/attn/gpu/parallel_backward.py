@@ -22,7 +22,7 @@ from fla_ops.common.gpu.tiles import load_rows, split_program
 
 from .. import outputs
 from ..call import RESIDUAL_SCALE, Call, Gradients, Need, Outputs
-from .gates import LOG2E, decay_gradient, decay_sums
+from .decay import LOG2E, decay_gradient, decay_sums
 from .key_gradient import attn_key_gradient_kernel
 from .parallel import WIDEST, shared
 from .query_gradient import attn_query_gradient_kernel

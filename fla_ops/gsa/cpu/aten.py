@@ -12,25 +12,25 @@ from fla_ops.validation import state_dtype
 
 from .. import checks
 from ..call import Call, Gradients, Kept, Need, Outputs
-from . import abc, chunked
+from . import abc, passes
 from .sequences import Place, alone, empty_gradients, empty_states, places
 
 
 def chunk_forward(c: Call) -> Kept:
     """The outputs, the final states, and what the gradient keeps."""
-    checks.launch(c)
+    checks.eager(c)
     kept = _empty(c)
     first = 0
     for at in places(c):
         one = alone(c, at)
-        x = chunked.in_chunks(one)
-        found = chunked.forward(x, one.initial_k, one.initial_v)
-        chunked.from_chunks(found.o, x.size, at.of(kept.o))
+        x = passes.in_chunks(one)
+        found = passes.forward(x, one.initial_k, one.initial_v)
+        passes.from_chunks(found.o, x.size, at.of(kept.o))
         if c.output_final_state:
             kept.final_k[at.n], kept.final_v[at.n] = found.final_k, found.final_v
         if kept.earlier is not None:
-            chunked.from_chunks(found.earlier, x.size, at.of(kept.earlier))
-            chunked.from_chunks(found.own.unsqueeze(-1).flatten(2, 3), x.size, at.of(kept.own).unsqueeze(-1))
+            passes.from_chunks(found.earlier, x.size, at.of(kept.earlier))
+            passes.from_chunks(found.own.unsqueeze(-1).flatten(2, 3), x.size, at.of(kept.own).unsqueeze(-1))
         last = first + len(x.q)
         if kept.states_k is not None:
             kept.states_k[first:last], kept.states_v[first:last] = found.states_k, found.states_v
@@ -45,7 +45,7 @@ def chunk_backward(c: Call, d: Outputs, need: Need, saved: Kept) -> Gradients:
     first = 0
     for at in places(c):
         one = alone(c, at)
-        x = chunked.in_chunks(one)
+        x = passes.in_chunks(one)
         last = first + len(x.q)
         if saved.states_k is None:
             states = x.key_states(one.initial_k)[0], x.value_states(one.initial_v)[0]
@@ -53,14 +53,14 @@ def chunk_backward(c: Call, d: Outputs, need: Need, saved: Kept) -> Gradients:
             states = saved.states_k[first:last].clone(), saved.states_v[first:last].clone()
         first = last
         do, earlier = (
-            None if y is None else chunked.to_chunks(at.of(y), x.k.shape[1], x.size, x.q.dtype)
+            None if y is None else passes.to_chunks(at.of(y), x.k.shape[1], x.size, x.q.dtype)
             for y in (d.o, saved.earlier)
         )
         dfinal = (None if y is None else y[at.n] for y in (d.final_k, d.final_v))
         kept = saved._replace(earlier=earlier, states_k=states[0], states_v=states[1])
-        found = chunked.backward(x, Outputs(do, *dfinal), inside, kept)
+        found = passes.backward(x, Outputs(do, *dfinal), inside, kept)
         if c.g is None and need.s:
-            dw, dg = (chunked.from_chunks(y, x.size, torch.empty_like(one.g)) for y in (found.s, found.g))
+            dw, dg = (passes.from_chunks(y, x.size, torch.empty_like(one.g)) for y in (found.s, found.g))
             at.of(gradients.s).copy_(abc.gradient(one.s, one.g, dw, dg, reverse=False))
             found = found._replace(s=None, g=None)
         _fill(gradients, found, at, x.size)
@@ -71,7 +71,7 @@ def _fill(gradients: Gradients, found: Gradients, at: Place, size: int) -> None:
     """Put what was found for one sequence in chunks of `size` steps where it belongs."""
     for whole, part in zip(gradients[:5], found[:5], strict=True):
         if whole is not None and part is not None:
-            chunked.from_chunks(part, size, at.of(whole))
+            passes.from_chunks(part, size, at.of(whole))
     for whole, part in zip(gradients[5:], found[5:], strict=True):
         if whole is not None:
             whole[at.n] = part

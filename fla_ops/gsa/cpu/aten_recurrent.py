@@ -42,7 +42,7 @@ class Steps:
 
 def forward(c: Call) -> Outputs:
     """Both states, updated in place at every step."""
-    checks.launch(c)
+    checks.eager(c)
     o = c.v.new_empty((*c.q.shape[:3], c.v.shape[3]))
     final_k, final_v = empty_states(c, c.output_final_state)
     for at in places(c):
@@ -156,7 +156,7 @@ def step(c: Step) -> Tensor:
 
     Small states are read as sums of elementwise products, others by a product for each sequence: see sequences.py.
     """
-    checks.launch_step(c)
+    checks.eager_step(c)
     (sequences, heads, value), (key, slots), group = c.v.shape, c.state_k.shape[2:], c.q.shape[1] // c.v.shape[1]
     rows = list(range(sequences)) if c.slots is None else valid.slot_values(c.slots, len(c.state_k))
     dtype = valid.state_dtype(c.v)

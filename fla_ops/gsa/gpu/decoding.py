@@ -101,7 +101,7 @@ def gsa_decoding_kernel(
 
 def step(c: Step) -> Tensor:
     """o [N, HQ, V] in v's dtype; row slots[n] of both pools is updated for sequence n."""
-    checks.launch_step(c)
+    checks.eager_step(c)
     refuse_float64(c.q)
     c = contiguous(c, but=("state_k", "state_v"))
     q, k, v, s, g, state_k, state_v = c[:7]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fla_ops.common.gpu.gates import LOG2E
+from fla_ops.common.gpu.decay import LOG2E
 from fla_ops.common.gpu.tiles import dot, load_rows
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import sequence_bounds
-from fla_ops.common.gpu.gates import LOG2E
+from fla_ops.common.gpu.decay import LOG2E
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, state_tile, store_back, store_rows
 
 from ..call import Call

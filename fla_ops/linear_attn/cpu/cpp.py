@@ -29,7 +29,7 @@ class Arguments(build.Walks):
 
 def forward(c: Normalize) -> Normalized:
     """The quotient [B, T, H, V] in o's dtype, and the last z [N, 1, H, K] in float32."""
-    checks.launch(c)
+    checks.eager(c)
     library = build.library(SOURCE, c.o)
     if library is None:
         return aten.forward(c)
@@ -57,7 +57,7 @@ def backward(c: Normalize, d: Normalized, need: Need, saved: Normalized) -> Grad
 
 def step(c: NormalizeStep) -> Tensor:
     """One step for N sequences: rows of z updated in place."""
-    checks.launch_step(c)
+    checks.eager_step(c)
     library = build.library(SOURCE, c.o, c.z)
     if library is None:
         return aten.step(c)

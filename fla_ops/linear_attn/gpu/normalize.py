@@ -211,7 +211,7 @@ def normalize_step_kernel(
 
 def forward(c: Normalize):
     """y [B, T, H, V] in o's dtype, and the last z [N, 1, H, K] in float32 or None."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     check_offsets(c)
     c = contiguous(c)
@@ -271,7 +271,7 @@ def backward(c: Normalize, d: Normalized, need: Need, saved: Normalized):
 
 def step(c: NormalizeStep):
     """y [N, H, V] in o's dtype; row slots[n] of z [P, 1, H, K] is updated for sequence n."""
-    checks.launch_step(c)
+    checks.eager_step(c)
     refuse_float64(c.q)
     c = contiguous(c, but=("z",))
     q, o, z = c.q, c.o, c.z

@@ -31,7 +31,7 @@ class Arguments(build.Walks):
 
 def forward(c: Call) -> Outputs:
     """One state for each sequence and head, updated in place at every step."""
-    checks.launch(c)
+    checks.eager(c)
     library = build.library(SOURCE, c.v)
     if library is None:
         return aten.forward(c)
@@ -61,7 +61,7 @@ def backward(c: Call, d: Outputs, need: Need) -> Gradients:
 
 def step(c: Step) -> Tensor:
     """One step for N sequences: rows of the pool updated in place."""
-    checks.launch_step(c)
+    checks.eager_step(c)
     library = build.library(SOURCE, c.v, c.state)
     if library is None:
         return aten.step(c)

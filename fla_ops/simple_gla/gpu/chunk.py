@@ -15,7 +15,7 @@ from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk
-from fla_ops.common.gpu.gates import block_decay, gate
+from fla_ops.common.gpu.decay import block_decay, gate
 from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
@@ -61,7 +61,7 @@ def chunk_output_kernel(
 
 def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     if c.reverse:
         return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)

@@ -25,7 +25,7 @@ from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import contiguous, packed_sequences
 from fla_ops.common.gpu.chunk_index import locate_chunk
-from fla_ops.common.gpu.gates import RESET, block_decay, gate, load_log_decay
+from fla_ops.common.gpu.decay import RESET, block_decay, gate, load_log_decay
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import block_decay, decayed, gate
+from fla_ops.common.gpu.decay import block_decay, decayed, gate
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile
 
 from ..call import Call

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import contiguous, refuse_float64
-from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
+from fla_ops.common.gpu.decay import LOG2E, advance, factor, gate
 from fla_ops.common.gpu.tiles import nearest, split_program, store_back
 
 from .. import checks
@@ -60,7 +60,7 @@ def decoding_kernel(
 
 def step(c: Step):
     """o [N, H, V] in v's dtype; row slots[n] of state [P, H, K, V] is updated for sequence n."""
-    checks.launch_step(c)
+    checks.eager_step(c)
     refuse_float64(c.q)
     c = contiguous(c, but=("state",))
     q, v, state = c.q, c.v, c.state

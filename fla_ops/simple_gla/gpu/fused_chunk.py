@@ -22,7 +22,7 @@ from torch import Tensor
 from fla_ops import launch
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64
 from fla_ops.common.gpu.chunk_index import sequence_bounds
-from fla_ops.common.gpu.gates import block_decay, decayed, gate
+from fla_ops.common.gpu.decay import block_decay, decayed, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, state_tile, store_rows
 
@@ -118,7 +118,7 @@ def walk(c: Call, w: Walk) -> None:
 
 def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     if c.reverse:
         return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)

@@ -36,7 +36,7 @@ from fla_ops.common.gpu.arguments import (
     refuse_width,
 )
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import LOG2E, advance, factor, gate
+from fla_ops.common.gpu.decay import LOG2E, advance, factor, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import nearest, split_program, state_tile
 
@@ -174,7 +174,7 @@ def _value_block(q: Tensor, key_width: int, value_width: int) -> int:
 
 def forward(c: Call):
     """o [B, T, H, V] in v's dtype, and the final state in float32 or None."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     refuse_width("K", c.q.shape[3])
     check_offsets(c)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, sequence_bounds
-from fla_ops.common.gpu.gates import RESET, load_log_decay
+from fla_ops.common.gpu.decay import RESET, load_log_decay
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program
 
 

@@ -20,7 +20,7 @@ from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import check_offsets, contiguous, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
-from fla_ops.common.gpu.gates import causal, exponents, gate, load_log_decay, running_sums, within
+from fla_ops.common.gpu.decay import causal, exponents, gate, load_log_decay, running_sums, within
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
 
@@ -150,7 +150,7 @@ def _index(c: Call) -> ChunkIndex:
 
 def forward(c: Call):
     """o [B, T, H, V] and attn [B, H, T, T] or None, both in v's dtype."""
-    checks.launch(c)
+    checks.eager(c)
     refuse_float64(c.q)
     check_offsets(c)
     c = contiguous(c)
