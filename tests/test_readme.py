@@ -29,7 +29,7 @@ def test_every_public_function_is_named() -> None:
     import fla_ops
 
     text = README.read_text()
-    missing = [name for name in fla_ops.__all__ if not _is_named(name, text)]
+    missing = [name for name in fla_ops.__all__ if name != "__version__" and not _is_named(name, text)]
     assert not missing, f"README.md does not mention {missing}"
 
 

@@ -70,10 +70,10 @@ def patch(model: Model, *, force: bool = False) -> Model:
     """
     names = dict.fromkeys(type(m).__module__ for m in model.modules() if _is_modelling(type(m).__module__))
     served = _serve([sys.modules[name] for name in names], force)
-    eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
-    if eager and any(name.split(".")[2] in EAGER_ONLY for name in names):
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention in ("eager", NAME) and any(name.split(".")[2] in EAGER_ONLY for name in names):
         _register_attention()
-        _attention_before[model] = "eager"
+        _attention_before.setdefault(model, attention)
         model.set_attn_implementation(NAME)  # type: ignore[operator]
         served = True
     if not served:
@@ -91,10 +91,10 @@ def disable() -> None:
     while _replaced:
         owner, name, old = _replaced.pop()
         setattr(owner, name, old)
-    for model, before in list(_attention_before.items()):
-        model.set_attn_implementation(before)  # type: ignore[operator]
+    for model, attention in list(_attention_before.items()):
+        model.set_attn_implementation(attention)  # type: ignore[operator]
     _attention_before.clear()
-    for interface in _interfaces() if "transformers" in sys.modules else ():
+    for interface in _interfaces() if sys.modules.get("transformers") else ():
         interface._global_mapping.pop(NAME, None)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("transformers")
-
 import fla_ops.integrations.transformers as integration
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
 
 TOKENS = {"vocab_size": 64, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
 COMMON = {**TOKENS, "initializer_range": 0.2}
@@ -106,6 +108,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite_swa": ("GraniteSWA", {**SINKS, "attn_implementation": "eager"}),
+    "granitemoe_swa": (
+        "GraniteMoeSWA",
+        {**SINKS, "num_local_experts": 3, "num_experts_per_tok": 2, "attn_implementation": "eager"},
+    ),
     "mimo_v2_flash": (
         "MiMoV2Flash",
         {
@@ -138,7 +144,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 RECURRENT = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "minimax")
 SCANS = RECURRENT[:-1]
-SOFTMAX = ("gpt_oss", "granite_swa", "mimo_v2_flash", "llama", "mistral", "qwen2_moe")
+SOFTMAX = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "llama", "mistral", "qwen2_moe")
 EVERY = (*RECURRENT, *SOFTMAX)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+
 from transformers import StaticCache
 from transformers.masking_utils import (
     bidirectional_mask_function,

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+
 from transformers.models.bamba import modeling_bamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
@@ -89,6 +92,7 @@ def test_patch_serves_one_architecture() -> None:
 def test_patch_sets_attention_that_has_no_other_choice_and_disable_resets_it() -> None:
     model, llama = build("gpt_oss"), build("llama")
     integration.patch(model)
+    integration.patch(model)  # again changes nothing
     assert model.config._attn_implementation == "fla_ops"
     with pytest.raises(ValueError, match="got LlamaForCausalLM"):
         integration.patch(llama)
