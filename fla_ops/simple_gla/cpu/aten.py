@@ -34,7 +34,7 @@ def forward(c: Call) -> Outputs:
     """o [B, T, H, V], and the final state in the dtype that it is carried in."""
 
     def body(c: Call) -> Outputs:
-        x = _cut(c, min(c.chunk_size or CHUNK, CHUNK))
+        x = _cut(c, min(c.chunk_size, CHUNK))
         o, final = _read_out(c, x)
         return Outputs(o, _leave(c, final) if c.output_final_state else None)
 
@@ -58,7 +58,7 @@ def backward(c: Call, d: Outputs, need: Need) -> Gradients:
     """The gradients that are needed; scores and states are computed again."""
 
     def body(c: Call, d: Outputs, need: Need) -> Gradients:
-        return _gradients(c, _cut(c, min(c.chunk_size or CHUNK, CHUNK)), d.o, need, d.final_state)
+        return _gradients(c, _cut(c, min(c.chunk_size, CHUNK)), d.o, need, d.final_state)
 
     return _finish(c, one_by_one(body, c, Need._fields, d, need))
 
