@@ -18,8 +18,9 @@ def recurrent(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t; returns o [B, T, H, V] and the last S [N, H, K,
-    V].
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = scale * S_t^T q_t.
+
+    Returns o [B, T, H, V] and the last S [N, H, K, V].
     """
     if cu_seqlens is not None:
         runs = []
@@ -63,8 +64,9 @@ def parallel(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """attn_ij = scale * exp(g_{j+1} + ... + g_i) q_i.k_j for j <= i in one sequence; returns o = attn v and attn [B,
-    H, T, T].
+    """attn_ij = scale * exp(g_{j+1} + ... + g_i) q_i.k_j for j <= i in one sequence.
+
+    Returns o = attn v [B, T, H, V] and attn [B, H, T, T].
     """
     batch, time, heads, _ = v.shape
     scale = q.shape[3] ** -0.5 if scale is None else scale

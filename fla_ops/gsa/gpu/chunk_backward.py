@@ -45,8 +45,9 @@ def written_in_one_pass(
     BT: tl.constexpr, BU: tl.constexpr, BM: tl.constexpr, LEVELS: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """The slots' gradient from later steps, from the step itself, from past the chunk's end, [BT, BM]; <X, dX> of each
-    slot, [BM].
+    """The slots' gradient from later steps, from the step itself and from past the chunk's end, each [BT, BM].
+
+    The last result is <X, dX> of each slot, [BM].
     """
     HQ: tl.constexpr = H * GROUP
     later = tl.zeros([BT, BM], tl.float32)

@@ -22,8 +22,9 @@ from fla_ops.common.gpu.tiles import dot, load_rows
 
 @triton.jit
 def load_log_decays(g, first, steps, column, H: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr):
-    """Exponents of two [BT, BM] of the `steps` steps from `first`, zero past them; g lies at one head of [time, H,
-    M].
+    """Exponents of two [BT, BM] of the `steps` steps from `first`, zero past them.
+
+    g lies at one head of [time, H, M].
     """
     return load_rows(g, first, steps, column, H, M, BT, BM).to(tl.float32) * LOG2E
 

@@ -20,8 +20,9 @@ def softmax_gradient_kernel(
     scale, rows,                            # of dx; B * T
     H: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr,
 ):
-    """x = earlier + own s, dp = dearlier + down s; p = softmax(x), dx = scale p (dp - <p, dp>), reads = p dearlier +
-    earlier dx.
+    """With x = earlier + own s and dp = dearlier + down s:
+
+    p = softmax(x),   dx = scale p (dp - <p, dp>),   reads = p dearlier + earlier dx
     """
     HQ: tl.constexpr = H * GROUP
     block, head, _ = split_program(1, H)
