@@ -1,9 +1,9 @@
 """How a kernel is launched, and with which settings.
 
 The settings are data: `<device class>.json` maps a kernel's name to a list of entries, each for a dtype ("float32",
-"half" or "any") and for widths up to `key_width` and `value_width`. The narrowest entry that covers a call is used,
-else the widest. An entry holds block sizes, num_warps and num_stages; `precision` says how float32 operands are
-multiplied. No entry spills registers for the widths it covers.
+"half" or "any"; "float16" where the other half precision's would not do) and for widths up to `key_width` and
+`value_width`. The narrowest entry that covers a call is used, else the widest. An entry holds block sizes, num_warps
+and num_stages; `precision` says how float32 operands are multiplied. No entry spills for the widths it covers.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def covers(kernel: str, x: torch.Tensor, key_width: int) -> bool:
 
 @cache
 def _nearest(device: str, kernel: str, dtype: torch.dtype, key_width: int, value_width: int) -> Entry:
-    wanted = ("any", "float32" if dtype is torch.float32 else "half")
-    entries = [e for e in table(device)[kernel] if e["dtype"] in wanted]
+    wanted = ("any", "float32") if dtype is torch.float32 else ("any", "half")
+    own = str(dtype).removeprefix("torch.")
+    entries = [e for e in table(device)[kernel] if e["dtype"] == own]
+    entries = entries or [e for e in table(device)[kernel] if e["dtype"] in wanted]
     covering = [e for e in entries if e["key_width"] >= key_width and e["value_width"] >= value_width]
 
     def widths(e: Entry) -> tuple[int, int]:

@@ -23,7 +23,7 @@ if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 from .checker import Checker
-from .test_contract_numbers import KERNELS, one_head, one_sequence
+from .test_contract_numbers import KERNELS, WHOLE, one_head, one_sequence
 
 pytestmark = pytest.mark.interpreter
 
@@ -70,8 +70,9 @@ def smallest_blocks() -> Iterator[None]:
 
 
 def wide(case: Case) -> Case:
-    """The case with several blocks of every width."""
-    return one_head(case).resized(**{letter: width for letter, width in WIDE.items() if letter in case.sizes})
+    """The case with several blocks of every width, and of steps."""
+    steps = {} if "offsets" in case.sizes else {"T": 27}
+    return one_head(case).resized(**{letter: n for letter, n in (WIDE | steps).items() if letter in case.sizes})
 
 
 def everything(found: list[Case]) -> list[Case]:
@@ -84,12 +85,13 @@ def everything(found: list[Case]) -> list[Case]:
     return list(fullest.values())
 
 
-FULLEST = everything(KERNELS)
+OURS = [*KERNELS, *(case for case in WHOLE if case.operator in ("chunk_gsa", "parallel_attn"))]
+FULLEST = everything(OURS)
 
 
 @pytest.mark.usefixtures("smallest_blocks")
 @pytest.mark.parametrize(
-    "case", [pytest.param(wide(c), id=str(c), marks=() if c in FULLEST else pytest.mark.slow) for c in KERNELS]
+    "case", [pytest.param(wide(c), id=str(c), marks=() if c in FULLEST else pytest.mark.slow) for c in OURS]
 )
 def test_several_blocks_of_every_width(case: Case) -> None:
     with Checker() as checker:
