@@ -19,6 +19,7 @@ from tests import numerics
 from tests.aot import stub_driver
 
 AUTO = torch.export.Dim.AUTO
+SLOW = pytest.mark.slow  # tracing takes seconds
 
 
 def activations(batch: int, time: int, device: str = "cpu") -> list[torch.Tensor]:
@@ -139,8 +140,8 @@ def test_all_sequences_at_once_are_each_on_its_own(
     ("form", "options"),
     [
         pytest.param("fused_chunk_simple_gla", {"chunk_size": 16, "output_final_state": True}, id="fused_chunk"),
-        pytest.param("fused_recurrent_simple_gla", {"reverse": True}, id="recurrent-reverse"),
-        pytest.param("parallel_simple_gla", {"output_attentions": True}, id="parallel-with-weights"),
+        pytest.param("fused_recurrent_simple_gla", {"reverse": True}, id="recurrent-reverse", marks=SLOW),
+        pytest.param("parallel_simple_gla", {"output_attentions": True}, id="parallel-with-weights", marks=SLOW),
     ],
 )
 def test_a_graph_of_symbolic_sizes_holds_the_body(form: str, options: dict) -> None:
@@ -173,7 +174,9 @@ def test_the_traced_step_updates_its_pool(slots: list[int] | None) -> None:
     numerics.close(found, expected)
 
 
-@pytest.mark.parametrize("form", ["fused_recurrent_simple_gla", "parallel_simple_gla"])
+@pytest.mark.parametrize(
+    "form", [pytest.param("fused_recurrent_simple_gla", marks=SLOW), pytest.param("parallel_simple_gla")]
+)
 def test_one_compiled_body_serves_every_length_from_three_chunks_on(form: str) -> None:
     def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return getattr(fla_ops, form)(q, k, v, g)[0]
