@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fla_ops.common.gpu.decay import factor
 from fla_ops.simple_gla import reference
+from fla_ops.simple_gla.call import Call, Need, Outputs
 from fla_ops.simple_gla.gpu import fused_recurrent
 from tests import numerics
 from tests.contract.helpers import INTERPRETED
@@ -54,7 +55,7 @@ def test_the_recurrence_has_no_bias(decay: str) -> None:
     q, k, v = (torch.randn(1, time, 1, 2) for _ in range(3))
     gates = torch.full((1, time, 1) if decay == "g" else (1,), -2.9e-8)
     g, g_gamma = (gates, None) if decay == "g" else (None, gates)
-    o, final = fused_recurrent.forward(q, k, v, g, g_gamma, None, None, True, False, False, None, None)
+    o, final = fused_recurrent.forward(Call(q, k, v, g, g_gamma, output_final_state=True))
     wide = [x.double() for x in (q, k, v)]
     truth, state = reference.recurrent(*wide, *(None if x is None else x.double() for x in (g, g_gamma)))
     assert numerics.error(o, truth) <= numerics.FLOOR[torch.float32]
@@ -70,7 +71,7 @@ def test_gradients_of_strong_gates(reverse: bool) -> None:
     wide = [x.double().requires_grad_() for x in (q, k, v, g)]
     outputs = reference.recurrent(*wide, initial_state=state.double(), reverse=reverse)
     truth = torch.autograd.grad(outputs, wide, (do.double(), dfinal.double()))
-    mask = [True, True, True, True, False, False]
-    found = fused_recurrent.backward(q, k, v, g, None, state, None, do, dfinal, None, reverse, False, mask)
+    c = Call(q, k, v, g, initial_state=state, reverse=reverse)
+    found = fused_recurrent.backward(c, Outputs(do, dfinal), Need(True, True, True, True, False, False))
     for result, expected in zip(found, truth, strict=False):
         assert numerics.error(result, expected) <= numerics.FLOOR[torch.float32]

@@ -86,7 +86,7 @@ def everything(found: list[Case]) -> list[Case]:
 
 
 OURS = [*KERNELS, *(case for case in WHOLE if case.operator in ("chunk_gsa", "parallel_attn"))]
-FULLEST = everything(OURS)
+FULLEST = [c for c in everything(OURS) if not c.operator.startswith("fused_recurrent")]  # steps take longest
 
 
 @pytest.mark.usefixtures("smallest_blocks")
