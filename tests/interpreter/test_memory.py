@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -51,6 +52,7 @@ BLOCKS = {
 }
 WIDE = {"K": 36, "V": 33, "M": 35}  # three blocks of each, the last not full
 LARGE = 2**31
+LONG = ("recurrent", "without_gates")  # walks of many steps, and kernels that another call launches too
 
 LAUNCHES = {
     path.parent.name: importlib.import_module(f"tests.{path.parent.name}.launches")
@@ -89,9 +91,15 @@ OURS = [*KERNELS, *(case for case in WHOLE if case.operator in ("chunk_gsa", "pa
 FULLEST = [c for c in everything(OURS) if not c.operator.startswith("fused_recurrent")]  # steps take longest
 
 
+def seldom(slow: bool) -> Any:
+    """The marks of a parameter."""
+    return pytest.mark.slow if slow else ()
+
+
 @pytest.mark.usefixtures("smallest_blocks")
 @pytest.mark.parametrize(
-    "case", [pytest.param(wide(c), id=str(c), marks=() if c in FULLEST else pytest.mark.slow) for c in OURS]
+    "case",
+    [pytest.param(wide(c), id=str(c), marks=seldom(c not in FULLEST or LONG[0] in c.operator)) for c in OURS],
 )
 def test_several_blocks_of_every_width(case: Case) -> None:
     with Checker() as checker:
@@ -134,9 +142,6 @@ def sizes_beyond(family: ModuleType, sequences: bool) -> dict[str, int]:
     return {"batch": 1, "time": LARGE // (scale * 64) + 33} | {name: size * scale // 2 for name, size in heads.items()}
 
 
-LONG = ("recurrent", "without_gates")  # walks of many steps, and kernels that another call launches too
-
-
 @pytest.mark.parametrize(
     "sequences",
     [pytest.param(True, id="many-sequences"), pytest.param(False, id="many-heads", marks=pytest.mark.slow)],
@@ -148,7 +153,7 @@ LONG = ("recurrent", "without_gates")  # walks of many steps, and kernels that a
             family,
             call,
             id=f"{name}-{call.__name__}",
-            marks=pytest.mark.slow if any(word in call.__name__ for word in LONG) else (),
+            marks=seldom(any(word in call.__name__ for word in LONG)),
         )
         for name, family in LAUNCHES.items()
         for call in dict.fromkeys(call for calls in family.CALLS.values() for call in calls)
