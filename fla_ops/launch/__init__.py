@@ -55,10 +55,10 @@ def covers(kernel: str, x: torch.Tensor, key_width: int) -> bool:
 
 @cache
 def _nearest(device: str, kernel: str, dtype: torch.dtype, key_width: int, value_width: int) -> Entry:
-    wanted = ("any", "float32") if dtype is torch.float32 else ("any", "half")
     own = str(dtype).removeprefix("torch.")
-    entries = [e for e in table(device)[kernel] if e["dtype"] == own]
-    entries = entries or [e for e in table(device)[kernel] if e["dtype"] in wanted]
+    wanted = ("any", own) if dtype is torch.float32 else ("any", "half", own)
+    entries = [e for e in table(device)[kernel] if e["dtype"] in wanted]
+    entries.sort(key=lambda e: e["dtype"] != own)  # of two for the same widths, the first is used
     covering = [e for e in entries if e["key_width"] >= key_width and e["value_width"] >= value_width]
 
     def widths(e: Entry) -> tuple[int, int]:
