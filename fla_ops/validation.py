@@ -17,7 +17,8 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
 COUNTED = ("H", "HK", "HQ", "K", "V", "M")  # of which there is at least one
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+SETTINGS = frozenset((type(None), bool, int, float, str))
 ACCEPTED = 4096  # calls that `once` remembers
 
 Size = Any  # int or torch.SymInt
@@ -101,25 +102,36 @@ def once(check: Callable[[Any], Any], pools: tuple[str, ...] = ()) -> Callable[[
     """
     accepted: set[tuple[Any, ...]] = set()
 
-    def launch(c: Any) -> None:
-        transformed = torch._C._are_functorch_transforms_active()
-        if transformed or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_meta) for x in c):
-            check(c)  # sizes may be symbolic, and there is no memory
-            return
-        key = tuple([(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in c])
-        if pools:
-            key += tuple([getattr(c, name).stride() for name in pools])
-        if key not in accepted:
+    def eager(c: Any) -> None:
+        key: list[Any] = []
+        for x in c:
+            kind = type(x)
+            if kind in PLAIN:
+                key += (x.shape, x.dtype, x.device)
+            elif kind in SETTINGS:
+                key.append(x)
+            else:  # a tensor of another class: sizes may be symbolic, and there may be no memory
+                check(c)
+                return
+        if torch._C._are_functorch_transforms_active():
             check(c)
+            return
+        for name in pools:
+            key.append(getattr(c, name).stride())
+        call = tuple(key)
+        if call not in accepted:
+            check(c)
+            if any(isinstance(x, Tensor) and x.is_meta for x in c):
+                return
             for name in pools:
                 overlap(name, getattr(c, name))
             if len(accepted) >= ACCEPTED:
                 accepted.clear()
-            accepted.add(key)
+            accepted.add(call)
         if len(pools) > 1:
             apart(c, pools)
 
-    return launch
+    return eager
 
 
 def multiple(name: str, heads: Size, of: str, base: Size) -> None:

@@ -44,6 +44,12 @@ def _run(c: Call, form: Signature) -> Outputs:
     """One of simple_gla's forms, with this layer's decay in the dtype of the state."""
     positive("v", c.v.shape[2], "H")
     decays = Decay(c.v.shape[2], c.layer_idx, c.num_layers, c.slopes, state_dtype(c.v), c.v.device)
-    shared = {name: getattr(c, name) for name in simple_gla.Call._fields if name in c._fields}
+    packing: dict[str, Any] = {"cu_seqlens": c.cu_seqlens, "cu_seqlens_cpu": c.cu_seqlens_cpu}
+    state: dict[str, Any] = {
+        "initial_state": c.initial_state,
+        "output_final_state": c.output_final_state,
+        "reverse": c.reverse,
+    }
     operator: Any = getattr(torch.ops.fla, form.name)
-    return Outputs(*operator(*form.arguments_of(simple_gla.Call(**shared, g_gamma=decay(decays)))))
+    settings: dict[str, Any] = {"scale": c.scale, "chunk_size": c.chunk_size, "g_gamma": decay(decays)}
+    return Outputs(*operator(*form.arguments_of(simple_gla.Call(c.q, c.k, c.v, **state, **packing, **settings))))

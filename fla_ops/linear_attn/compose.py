@@ -56,8 +56,15 @@ def _run(c: Call, form: Signature) -> Outputs:
     operator: Any = getattr(torch.ops.fla, form.name)
 
     def read(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        shared = {name: getattr(c, name) for name in simple_gla.Call._fields if name in c._fields}
-        return operator(*form.arguments_of(simple_gla.Call(**shared | {"q": q, "k": k, "v": v})))
+        packing: dict[str, Any] = {"cu_seqlens": c.cu_seqlens, "cu_seqlens_cpu": c.cu_seqlens_cpu}
+        state: dict[str, Any] = {
+            "initial_state": c.initial_state,
+            "output_final_state": c.output_final_state,
+            "reverse": c.reverse,
+        }
+        return operator(
+            *form.arguments_of(simple_gla.Call(q, k, v, scale=c.scale, **state, **packing, chunk_size=c.chunk_size))
+        )
 
     def normalized(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         o, final_state = read(q, k, v)

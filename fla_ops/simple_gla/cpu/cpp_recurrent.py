@@ -67,7 +67,8 @@ def step(c: Step) -> Tensor:
         return aten.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)))
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
-    once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), v=c.v.unsqueeze(1), scale=c.factor)
+    q, k, v = c.q.unsqueeze(1), c.k.unsqueeze(1), c.v.unsqueeze(1)
+    once = Step(q, k, v, c.state, c.g, c.g_gamma, c.factor)
     _run(library.recurrent_forward, once, False, o.unsqueeze(1), c.state, slots=rows)
     return o
 
