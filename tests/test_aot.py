@@ -40,10 +40,9 @@ MANY_HEADS = 16  # that share a key head: rows enough for Triton to take a sum o
 
 
 def entries() -> Iterator[Any]:
-    """Every entry of the tables once: where several classes have it for a kernel that multiplies no matrices, for the
-    first of each maker.
+    """Every entry of the tables; the widest of each kernel and dtype is compiled in every run, and one of those that
+    multiply no matrices only for the first class.
     """
-    taken: set[str] = set()
     for target in aot.TARGETS:
         for kernel, found in launch.table(target).items():
             for position, entry in enumerate(found):
