@@ -58,7 +58,7 @@ head -n 1 "$out/gated_gradient.log" | tee -a "$out/summary.log"
 
 export -f compile_ahead
 part ahead 120 bash -c compile_ahead &
-part tests 150 "$python" -m pytest -q -n "${WORKERS:-6}" -m gpu --continue-on-collection-errors -p no:cacheprovider
+part tests 150 "$python" -m pytest -q -n "${WORKERS:-6}" -k cuda --continue-on-collection-errors -p no:cacheprovider
 wait
 find "$TRITON_CACHE_DIR" -name '*.autotune.json' -delete
 
