@@ -88,7 +88,7 @@ struct Left {
 };
 
 // Which part of a product is needed: all of it; k <= i, or k >= i, because the left side is a triangle; or the
-// result's own lower triangle.
+// result's own lower triangle, in whole blocks of 16 columns.
 enum Part { ALL, UP_TO_ROW, FROM_ROW, LOWER };
 
 template <int N>
@@ -111,7 +111,7 @@ inline void product_tile(Left a, const float* b, int64_t b_row, float* c, int64_
 // c = a b, or with `add` c += a b: [rows, inner] times [inner, columns], all of them padded counts.
 inline void product(Left a, Matrix b, Matrix c, int rows, int inner, int columns, bool add = false, Part part = ALL) {
     for (int j = 0; j < columns; j += 2 * LANES)
-        for (int i = part == LOWER ? j : 0; i < rows; i += TILE_ROWS) {
+        for (int i = part == LOWER ? j / 16 * 16 : 0; i < rows; i += TILE_ROWS) {
             int first = part == FROM_ROW ? i : 0, last = part == UP_TO_ROW ? std::min(inner, i + TILE_ROWS) : inner;
             Left rows_of_a = a;
             rows_of_a.at += i * a.row;

@@ -105,7 +105,7 @@ def _run(
         *(build.address(x) for x in (dg, state, dstate)),
     )
     library.chunk_space.restype = ctypes.c_int64
-    space = state.new_zeros(library.chunk_space(ctypes.byref(arguments), bool(gradients)))
+    space = state.new_empty(library.chunk_space(ctypes.byref(arguments), bool(gradients)))
     arguments.space = space.data_ptr()
     (library.chunk_backward if gradients else library.chunk_forward)(ctypes.byref(arguments))
 
