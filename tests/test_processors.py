@@ -1,4 +1,4 @@
-"""The bits of a sequence alone and in company, as other processors would have them.
+"""The bits of a sequence alone and in company, and decays near one, as other processors would have them.
 
 PyTorch and MKL choose their routines by the processor; their switches choose others on this one.
 """
@@ -21,9 +21,18 @@ SWITCHES = [
 ]
 
 
+def run(switches: dict[str, str], *selected: str) -> None:
+    """The tests selected, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected, "-m", "not slow"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | switches, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_bits_do_not_depend_on_company(switches: dict[str, str]) -> None:
-    selected = ("tests/contract/test_bits.py", "-k", "alone or company or batch or pack", "-m", "not slow")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | switches, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-3000:]
+    run(switches, "tests/contract/test_bits.py", "-k", "alone or company or batch or pack")
+
+
+@pytest.mark.slow
+def test_decays_near_one_without_fused_products() -> None:
+    run({"ATEN_CPU_CAPABILITY": "default"}, "tests/simple_gla/test_long_sequences.py")

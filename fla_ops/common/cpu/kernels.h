@@ -37,6 +37,9 @@ inline void write(float* x, Vector y) { *reinterpret_cast<Unaligned*>(x) = y; }
 inline Wide read(const double* x) { return *reinterpret_cast<const UnalignedWide*>(x); }
 inline void write(double* x, Wide y) { *reinterpret_cast<UnalignedWide*>(x) = y; }
 inline Wide wide(Vector x) { return __builtin_convertvector(x, Wide); }
+inline double wide(float x) { return x; }
+inline Vector narrow(Wide x) { return __builtin_convertvector(x, Vector); }
+inline float narrow(double x) { return float(x); }
 
 inline int padded(int64_t n) { return int((n + 15) / 16 * 16); }
 
@@ -59,9 +62,14 @@ struct Factor {
     T times(T x) const {
         return high * x + low * x;
     }
+    // Rounded once. Without fused products high * x would be rounded on its own, just below one always downwards.
     template <class T>
     T times_plus(T x, T y) const {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
         return high * x + (low * x + y);
+#else
+        return narrow(wide(x) * (double(high) + low) + wide(y));
+#endif
     }
 };
 
