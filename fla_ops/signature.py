@@ -211,5 +211,10 @@ def written_types(fields: type[Any]) -> dict[str, str]:
     return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in fields.__annotations__.items()}
 
 
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """What queries are multiplied by: K ** -0.5 for q [..., K] where no scale is given."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
+
+
 def _default(value: Any) -> str:
     return f'="{value}"' if isinstance(value, str) else f"={value}"

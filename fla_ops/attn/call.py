@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fla_ops.signature import Gradient, Signature, Size
+from fla_ops.signature import Gradient, Signature, Size, scale_or_default
 
 FORGETS = -5000.0  # a log decay at or below this forgets everything: no score makes up for it
 RESIDUAL_SCALE = 2048.0  # the rounding residual is kept times this, so that float16 can hold it
@@ -60,7 +60,7 @@ class Call(NamedTuple):
     @property
     def factor(self) -> float:
         """What scores are multiplied by."""
-        return float(self.q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        return scale_or_default(self.scale, self.q)
 
     @property
     def sequences(self) -> Size:
@@ -89,7 +89,7 @@ class Decoding(NamedTuple):
     @property
     def factor(self) -> float:
         """What scores are multiplied by."""
-        return float(self.q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        return scale_or_default(self.scale, self.q)
 
 
 class Outputs(NamedTuple):

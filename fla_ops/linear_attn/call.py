@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fla_ops.signature import Gradient, Pool, Signature, Size
+from fla_ops.signature import Gradient, Pool, Signature, Size, scale_or_default
 
 # The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
 AXES = {
@@ -100,7 +100,7 @@ class Normalize(NamedTuple):
     @property
     def factor(self) -> float:
         """What q . z is multiplied by."""
-        return float(self.q.shape[3] ** -0.5 if self.scale is None else self.scale)
+        return scale_or_default(self.scale, self.q)
 
     @property
     def sequences(self) -> Size:
@@ -145,7 +145,7 @@ class NormalizeStep(NamedTuple):
     @property
     def factor(self) -> float:
         """What q . z is multiplied by."""
-        return float(self.q.shape[2] ** -0.5 if self.scale is None else self.scale)
+        return scale_or_default(self.scale, self.q)
 
 
 class Outputs(NamedTuple):
