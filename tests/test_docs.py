@@ -1,0 +1,91 @@
+"""The pages' Python blocks run, and what the pages say of their results is true. Files that the READMEs name exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fla_ops
+from fla_ops.simple_gla import reference
+from tests.numerics import close
+
+ROOT = Path(__file__).parent.parent
+WITH_KERNELS = [page for page in sorted((ROOT / "fla_ops").glob("*/README.md")) if (page.parent / "gpu").exists()]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def run(program: str, names: dict[str, Any]) -> dict[str, Any]:
+    before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in names.items()}
+    exec(compile(program, "a block of the page", "exec"), names)
+    return before
+
+
+def test_serving() -> None:
+    prefill, pool, packed, drafted, attention = blocks("serving.md")
+    names: dict[str, Any] = {}
+
+    run(prefill, names)
+    q, k, v, g = (names[name] for name in "qkvg")
+    o, state = reference.recurrent(q, k, v, g)
+    close(torch.stack(names["outputs"], 1), o[:, 16:])
+    close(names["state"], state)
+
+    run(pool, names)
+    o, state = reference.recurrent(*(x[:, -1:] for x in (q, k, v, g)), initial_state=state)
+    close(names["o"][:3], o[:, 0])
+    close(names["pool"][[5, 0, 2]], state)
+    assert not names["o"][3].any()
+    assert not names["pool"][[1, 3, 4, 6, 7]].any()
+
+    run(packed, names)
+    o, state = reference.recurrent(*names["packed"], initial_state=state, cu_seqlens=names["cu_seqlens"])
+    close(names["o"], o)
+    close(names["pool"][[5, 0, 2]], state)
+
+    before = run(drafted, names)["pool"]
+    for row, steps, n in zip((5, 0, 2), (2, 4, 0), range(3), strict=True):
+        if steps == 0:
+            assert torch.equal(names["pool"][row], before[row])
+        else:
+            taken = (x[n : n + 1, :steps] for x in (q, k, v, g))
+            close(names["pool"][row], reference.recurrent(*taken, initial_state=before[row : row + 1])[1][0])
+
+    run(attention, names)
+    assert names["o"].shape == (1, 3, 8, 16)
+
+
+def test_migrating() -> None:
+    imported, retention = blocks("migrating_from_fla.md")
+    names: dict[str, Any] = {}
+    run(imported, names)
+    q, k, v, g = (names[name] for name in "qkvg")
+    close(names["o"], reference.recurrent(q, k, v, g)[0])
+    run(retention, names)
+    close(names["g_gamma"].exp(), torch.tensor([31 / 32, 63 / 64, 127 / 128, 255 / 256]))
+    close(names["o"], reference.recurrent(q, k, v, g_gamma=names["g_gamma"])[0])
+
+
+def test_functions_that_the_migration_page_names_exist() -> None:
+    here = re.findall(
+        r"^\| `fla\.[^|]*\| ([^|]*) \|$", (ROOT / "docs" / "migrating_from_fla.md").read_text(), re.MULTILINE
+    )
+    named = {name for cell in here for name in re.findall(r"`([a-z]\w+)[`(]", cell)} - {"g", "g_gamma"}
+    assert named >= {"simple_gla", "linear_attn", "lightning_attn", "gsa", "attn", "chunk_gsa", "parallel_attn"}
+    assert not [name for name in named if not hasattr(fla_ops, name)]
+
+
+@pytest.mark.parametrize("page", WITH_KERNELS, ids=lambda page: page.parent.name)
+def test_files_that_a_family_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:[\w.]+/)*[cg]pu/[\w./{},]+)`", page.read_text())
+    assert named
+    for path in named:
+        stem, _, choices = path.partition("{")
+        for name in choices.partition("}")[0].split(","):
+            assert (page.parent / f"{stem}{name}{choices.partition('}')[2]}").exists(), path
