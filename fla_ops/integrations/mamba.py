@@ -143,8 +143,7 @@ def selective_state_update(
         state.copy_(final)  # type: ignore[arg-type]    # it was asked for
         o = o[:, 0]
     else:
-        pool = state.transpose(-1, -2)
-        o = fla_ops.simple_gla_step_(C, B, v, pool, g, scale=1.0, slots=state_batch_indices)
+        o = fla_ops.simple_gla_step_(C, B, v, state, g, scale=1.0, slots=state_batch_indices, state_v_first=True)
     return _skip_and_gate(o, x, D, z)
 
 

@@ -182,13 +182,14 @@ def parallel_simple_gla(
 @public
 def simple_gla_step_(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
-    scale: float | None = None, slots: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None, state_v_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in a pool, updated in place. For decoding; it has no gradient.
 
     Args:
         q, k: [N, HK, K]. v: [N, H, V]. g: [N, H]. g_gamma: [H]. scale: as `help(fla_ops.simple_gla)` says.
-        state: [P, H, K, V], float32, bfloat16 or float16; the arithmetic is float32.
+        state: [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The arithmetic is
+            float32.
         slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
             written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside the
             pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills
@@ -200,7 +201,7 @@ def simple_gla_step_(
     Raises:
         NotImplementedError: if a gradient is asked for.
     """
-    o: Tensor = torch.ops.fla.simple_gla_step_(q, k, v, state, g, g_gamma, scale, slots)
+    o: Tensor = torch.ops.fla.simple_gla_step_(q, k, v, state, g, g_gamma, scale, slots, state_v_first)
     return o
 
 

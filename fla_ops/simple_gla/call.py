@@ -35,6 +35,8 @@ STEP_AXES = {
     "o": "N H V",
 }
 WITHOUT_SLOTS = STEP_AXES | {"state": "N H K V (without slots)"}
+STEP_V_FIRST = STEP_AXES | {"state": "P H V K (state_v_first=True)"}
+STEP_V_FIRST_WITHOUT_SLOTS = STEP_AXES | {"state": "N H V K (state_v_first=True, without slots)"}
 
 
 class Call(NamedTuple):
@@ -103,11 +105,19 @@ class Step(NamedTuple):
     g_gamma: Tensor | None = None
     scale: float | None = None
     slots: Tensor | None = None
+    state_v_first: bool = False
 
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
+        if self.state_v_first:
+            return STEP_V_FIRST_WITHOUT_SLOTS if self.slots is None else STEP_V_FIRST
         return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+
+    @property
+    def pool(self) -> Tensor:
+        """The states as [P, H, K, V], in place."""
+        return self.state.mT if self.state_v_first else self.state
 
     @property
     def factor(self) -> float:

@@ -211,11 +211,12 @@ def step_inputs(
     """The arguments of one decode step; the pool is float32 unless told."""
     n, rows, heads, key_heads, key, value = (sizes[letter] for letter in ("N", "P", "H", "HK", "K", "V"))
     rows = rows if "slots" in given else n
+    widths = (value, key) if arguments.get("state_v_first") else (key, value)
     built: Inputs = {
         "q": draw.normal("q", (n, key_heads, key)),
         "k": draw.normal("k", (n, key_heads, key), std=key**-0.5),
         "v": draw.normal("v", (n, heads, value)),
-        "state": draw.normal("state", (rows, heads, key, value), dtype=pool or draw.wide),
+        "state": draw.normal("state", (rows, heads, *widths), dtype=pool or draw.wide),
     }
     optional = {
         "g": lambda: draw.decay("g", (n, heads)),
@@ -237,13 +238,14 @@ def reference_step(
     g_gamma: Tensor | None = None,
     scale: float | None = None,
     slots: Tensor | None = None,
+    state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One step of the recurrence for each sequence, and the pool after it."""
     rows = torch.arange(len(q), device=q.device) if slots is None else slots.long()
     o, pool = torch.zeros_like(v), state.clone()
     used = (rows >= 0).nonzero().squeeze(1)
     step = [None if x is None else x[used, None] for x in (q, k, v, g)]
-    outputs, states = reference.recurrent(*step, g_gamma, scale, state[rows[used]])
+    outputs, states = reference.recurrent(*step, g_gamma, scale, state[rows[used]], state_v_first=state_v_first)
     o[used] = outputs[:, 0]
     pool[rows[used]] = states.to(pool.dtype)
     return o, pool
@@ -274,10 +276,23 @@ def register_steps() -> None:
         step_case("forgets", ("g",), STEP_SIZES, g=lambda g: g.fill_(float("-inf"))),
         step_case("not-contiguous", ("g",), STEP_SIZES, **dict.fromkeys(("q", "k", "v", "g", "state"), strided)),
         step_case("widths-past-a-tile", ("g",), {"N": 2, "P": 2, "HK": 1, "H": 2, "K": 20, "V": 33}, (SMALL,)),
+        step_case("value-first", ("g", "slots"), STEP_SIZES, (SMALL,), state_v_first=True),
+        step_case("value-first-bfloat16-pool", ("g",), STEP_SIZES, state_v_first=True, pool=torch.bfloat16),
+        step_case(
+            "value-first-widths-past-a-tile",
+            ("g_gamma",),
+            {"N": 2, "P": 2, "HK": 1, "H": 2, "K": 33, "V": 20},
+            state_v_first=True,
+        ),
         step_case("int32-slots", ("slots",), STEP_SIZES, slots=Tensor.int),
     )
     for given in subsets_of(("g", "g_gamma", "slots"), exclusive=[("g", "g_gamma")]):
         register(step_case("+".join(given) or "bare", given, STEP_SIZES, (COMBINATION,)))
+        register(
+            step_case(
+                "value-first+" + ("+".join(given) or "bare"), given, STEP_SIZES, (COMBINATION,), state_v_first=True
+            )
+        )
 
 
 for form in FORMS:

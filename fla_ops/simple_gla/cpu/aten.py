@@ -76,7 +76,7 @@ def parallel_backward(c: Call, d: Weighted, need: WeightsNeed) -> Gradients:
 def step(c: Step) -> Tensor:
     """o [N, H, V] of one step, and its rows of the pool updated in place."""
     dtype, groups = state_dtype(c.v), (c.q.shape[1], -1)
-    held = slots.read(c.state, c.slots)
+    held = slots.read(c.pool, c.slots)
     state, value = (x.to(dtype).unflatten(1, groups) for x in (held, c.v[:, :, None]))  # [N, HK, G, K or 1, V]
     query, key = (x.to(dtype)[:, :, None, :, None] for x in (c.q, c.k))
     if c.g is not None or c.g_gamma is not None:
@@ -84,7 +84,7 @@ def step(c: Step) -> Tensor:
         state = state * log_decay.to(dtype).exp().unflatten(1, groups)[..., None, None]
     state = state + key * value
     o = (query * c.factor * state).sum(-2).flatten(1, 2).to(c.v.dtype)
-    slots.write_(c.state, c.slots, held, state.flatten(1, 2))
+    slots.write_(c.pool, c.slots, held, state.flatten(1, 2))
     return slots.only_with_slots(o, c.slots)
 
 

@@ -69,7 +69,7 @@ def step(c: Step) -> Tensor:
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     q, k, v = c.q.unsqueeze(1), c.k.unsqueeze(1), c.v.unsqueeze(1)
     once = Step(q, k, v, c.state, c.g, c.g_gamma, c.factor)
-    _run(library.recurrent_forward, once, False, o.unsqueeze(1), c.state, slots=rows)
+    _run(library.recurrent_forward, once, False, o.unsqueeze(1), c.pool, slots=rows)
     return o
 
 

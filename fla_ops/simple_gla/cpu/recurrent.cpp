@@ -28,7 +28,7 @@ constexpr int ROWS = 4;  // of a state that advance together, with one sum of ou
 constexpr int AHEAD = 8;  // rows fetched before their turn: the processor's own prefetching ends at each page
 
 // S <- decay S + k v^T and o += S^T q, for some rows of S [K, V] with strides; `column` is a constant where S is dense.
-// Every operation is spelled out, so that all strides and numbers of rows give the same bits.
+// Every operation is spelled out, so that all numbers of rows give the same bits.
 template <int ROWS, class T, class Stride>
 void advance_rows(T* __restrict s, int64_t row, Stride column, const float* k, const float* q,
                   const float* __restrict v, float* __restrict o, Factor decay, int V) {
@@ -45,10 +45,39 @@ void advance_rows(T* __restrict s, int64_t row, Stride column, const float* k, c
     }
 }
 
+// The same where S lies in memory as [V, K]: one column after the other, each with a sum over K. S gets the same bits;
+// the sum has 16 parts on every processor.
+template <class T>
+void advance_columns(T* __restrict s, int64_t column, const float* k, const float* q, const float* v,
+                     float* __restrict o, Factor decay, int K, int V) {
+    constexpr int PARTS = 16;
+    for (int j = 0; j < V; j++, s += column) {
+        float sums[PARTS] = {};
+        auto advance = [&](int i, int parts) {
+#pragma GCC ivdep
+            for (int part = 0; part < parts; part++) {
+                const float before = float(s[i + part]);
+                const float next = std::fma(decay.high, before, std::fma(decay.low, before, k[i + part] * v[j]));
+                s[i + part] = next;
+                sums[part] = std::fma(q[i + part], next, sums[part]);
+            }
+        };
+        for (int i = 0; i < K; i += 64 / int(sizeof(T))) __builtin_prefetch(s + AHEAD * column + i, 1);
+        int i = 0;
+        for (; i + PARTS <= K; i += PARTS) advance(i, PARTS);
+        advance(i, K - i);
+        for (int half = PARTS / 2; half; half /= 2)
+            for (int part = 0; part < half; part++) sums[part] += sums[part + half];
+        o[j] += sums[0];
+    }
+}
+
 // All rows: one after the other where S comes from memory, for one step; several at once where it is in the cache.
 template <class T, class Stride>
 void advance(bool cached, T* s, int64_t row, Stride column, const float* k, const float* q, const float* v, float* o,
              Factor decay, int K, int V) {
+    if constexpr (std::is_same_v<Stride, int64_t>)
+        if (row == 1) return advance_columns(s, column, k, q, v, o, decay, K, V);
     int i = 0;
     for (; cached && i + ROWS <= K; i += ROWS)
         advance_rows<ROWS>(s + i * row, row, column, k + i, q + i, v, o, decay, V);

@@ -63,7 +63,7 @@ def step(c: Step):
     checks.eager_step(c)
     refuse_float64(c.q)
     c = contiguous(c, but=("state",))
-    q, v, state = c.q, c.v, c.state
+    q, v, pool = c.q, c.v, c.pool
     sequences, key_heads, key_width = q.shape
     heads, value_width = v.shape[1:]
     decay = gate(c)
@@ -75,7 +75,7 @@ def step(c: Step):
     launch.run(
         decoding_kernel,
         sequences * heads * triton.cdiv(value_width, value_block),
-        q, c.k, v, decay[0], state, o, c.slots, *state.stride(), c.factor, state.shape[0],
+        q, c.k, v, decay[0], pool, o, c.slots, *pool.stride(), c.factor, pool.shape[0],
         H=heads, HK=key_heads, K=key_width, V=value_width, BK=key_block, BV=value_block,
         DECAY=decay[1], **launch.options(entry),
     )
