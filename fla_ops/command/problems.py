@@ -1,0 +1,144 @@
+"""A small call of each public operator, and what its family's reference says must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fla_ops.attn import reference as attn
+from fla_ops.gsa import reference as gsa
+from fla_ops.lightning_attn import reference as lightning_attn
+from fla_ops.linear_attn import reference as linear_attn
+from fla_ops.simple_gla import reference as simple_gla
+
+B, T, HK, H, K, M, V = 2, 70, 2, 4, 16, 8, 24  # two chunks of 64 steps; heads are grouped
+OFFSETS = (0, 30, 70)  # of the caches that a step of attn reads
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call.
+
+    function   name of the public function, which is the operator's
+    inputs     arguments of the function and of the reference; tensors are in float64, on a CPU
+    reference  returns the function's outputs, and then the tensors that it updates
+    flags      arguments of the function alone
+    updated    inputs that are updated in place
+    trained    whether the gradients of all inputs are compared too
+    """
+
+    function: str
+    inputs: dict[str, Any]
+    reference: Callable[..., Any]
+    flags: dict[str, Any] = field(default_factory=dict)
+    updated: tuple[str, ...] = ()
+    trained: bool = True
+
+
+def problems() -> list[Problem]:
+    """The calls of every public operator, with the same numbers each time."""
+    generator = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, dtype=torch.float64, generator=generator)
+    uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
+    return [
+        *_simple_gla(normal, uniform),
+        *_linear_attn(normal, uniform),
+        *_lightning_attn(normal),
+        *_gsa(normal, uniform),
+        *_attn(normal, uniform),
+    ]
+
+
+Draw = Callable[..., Tensor]
+
+
+def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
+    def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, g = (x[:, None] for x in (q, k, v, g))
+        o, state = simple_gla.recurrent(q, k, v, g, initial_state=state)
+        return o[:, 0], state
+
+    q, k, v, g = normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -uniform(B, T, H)
+    activations, state = {"q": q, "k": k, "v": v, "g": g}, normal(B, H, K, V)
+    forms = ("simple_gla", "chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
+    given, flags = activations | {"initial_state": state}, {"output_final_state": True}
+    first = {name: x[:, 0] for name, x in activations.items()} | {"state": state}
+    return [
+        *(Problem(form, given, simple_gla.recurrent, flags) for form in forms),
+        Problem("parallel_simple_gla", activations, lambda **x: simple_gla.parallel(**x)[0]),
+        Problem("simple_gla_step_", first, step, updated=("state",), trained=False),
+    ]
+
+
+def _linear_attn(normal: Draw, uniform: Draw) -> list[Problem]:
+    """Queries and keys are positive, as a feature map makes them."""
+
+    def recurrent(initial_state: tuple[Tensor, Tensor], **x: Any) -> Any:
+        return linear_attn.recurrent(**x, initial_state=initial_state[0], initial_z=initial_state[1])
+
+    def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor) -> Any:
+        q, k, v = (x[:, None] for x in (q, k, v))
+        o, *states = linear_attn.recurrent(q, k, v, initial_state=state, initial_z=z)
+        return (o[:, 0], *states)
+
+    q, k, v = 0.1 + uniform(B, T, HK, K), 0.1 + uniform(B, T, HK, K), normal(B, T, H, V)
+    state, z = normal(B, H, K, V), 0.1 + uniform(B, 1, H, K)
+    forms = ("linear_attn", "chunk_linear_attn", "fused_chunk_linear_attn", "fused_recurrent_linear_attn")
+    given = {"q": q, "k": k, "v": v, "initial_state": (state, z), "normalize": True}
+    first = {"q": q[:, 0], "k": k[:, 0], "v": v[:, 0], "state": state, "z": z}
+    divided = {"q": q, "k": k, "o": v, "initial_z": z}
+    return [
+        *(Problem(form, given, recurrent, {"output_final_state": True}) for form in forms),
+        Problem("normalize_output", divided, linear_attn.divide, {"output_final_z": True}),
+        Problem("linear_attn_step_", first, step, updated=("state", "z"), trained=False),
+    ]
+
+
+def _lightning_attn(normal: Draw) -> list[Problem]:
+    layer = {"layer_idx": 1, "num_layers": 4}
+    forms = ("lightning_attn", "chunk_lightning_attn", "fused_chunk_lightning_attn", "fused_recurrent_lightning_attn")
+    given = {"q": normal(B, T, HK, K), "k": normal(B, T, HK, K), "v": normal(B, T, H, V), **layer}
+    given |= {"initial_state": normal(B, H, K, V)}
+    return [
+        *(Problem(form, given, lightning_attn.recurrent, {"output_final_state": True}) for form in forms),
+        Problem("lightning_decay", {"num_heads": H, **layer}, lightning_attn.decay, trained=False),
+    ]
+
+
+def _gsa(normal: Draw, uniform: Draw) -> list[Problem]:
+    def recurrent(initial_state: tuple[Tensor, Tensor], **x: Any) -> Any:
+        return gsa.recurrent(**x, initial_k=initial_state[0], initial_v=initial_state[1])
+
+    def step(state_k: Tensor, state_v: Tensor, **x: Tensor) -> Any:
+        first: dict[str, Any] = {name: value[:, None] for name, value in x.items()}
+        o, *states = gsa.recurrent(**first, initial_k=state_k, initial_v=state_v)
+        return (o[:, 0], *states)
+
+    activations = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V)}
+    activations |= {"s": uniform(B, T, HK, M), "g": -uniform(B, T, HK, M)}
+    states = normal(B, HK, K, M), normal(B, HK, M, V)
+    first = {name: x[:, 0] for name, x in activations.items()} | {"state_k": states[0], "state_v": states[1]}
+    given = activations | {"initial_state": states}
+    return [
+        *(
+            Problem(form, given, recurrent, {"output_final_state": True})
+            for form in ("gsa", "chunk_gsa", "fused_recurrent_gsa")
+        ),
+        Problem("gsa_step_", first, step, updated=("state_k", "state_v"), trained=False),
+    ]
+
+
+def _attn(normal: Draw, uniform: Draw) -> list[Problem]:
+    beside = {"sink_bias": normal(H), "window_size": 23}
+    given = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V), "g": -uniform(B, T, H)}
+    caches: dict[str, Any] = {name: x[:1] for name, x in given.items()} | {"q": normal(1, len(OFFSETS) - 1, H, K)}
+    caches |= {"scale": 0.3, "cu_seqlens": torch.tensor(OFFSETS)}
+    return [
+        *(Problem(form, given | beside, lambda **x: attn.parallel(**x)[0]) for form in ("attn", "parallel_attn")),
+        Problem("attn_decoding_one_step", caches | beside, attn.one_step, trained=False),
+    ]
