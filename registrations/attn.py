@@ -59,7 +59,7 @@ register_backward(
 )
 register(
     call.DECODING,
-    cpu="fla_ops.attn.cpu.aten_decoding:one_step",
+    cpu="fla_ops.attn.cpu.cpp:one_step",
     cuda="fla_ops.attn.gpu.decoding:one_step",
     fake=fake.decoding,
     flops=_decoding_flops,

@@ -21,9 +21,21 @@ from tests.contract.helpers import INTERPRETED, with_slow
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves the CPU")
 
-SOURCES = ("simple_gla/cpu/chunk.cpp", "simple_gla/cpu/recurrent.cpp", "linear_attn/cpu/normalize.cpp")
+SOURCES = (
+    "simple_gla/cpu/chunk.cpp",
+    "simple_gla/cpu/recurrent.cpp",
+    "linear_attn/cpu/normalize.cpp",
+    "attn/cpu/decoding.cpp",
+)
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
-SERVED = (*CHUNKED, "fused_recurrent_simple_gla", "simple_gla_step_", "normalize_output", "linear_attn_step_")
+SERVED = (
+    *CHUNKED,
+    "fused_recurrent_simple_gla",
+    "simple_gla_step_",
+    "normalize_output",
+    "linear_attn_step_",
+    "attn_decoding_one_step",
+)
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
 
 
@@ -160,6 +172,70 @@ def test_infinity_and_nan_pass_through_half_precision(dtype: torch.dtype) -> Non
     assert o.isnan().any()
 
 
+def decoding(heads: tuple[int, int] = (2, 6), widths: tuple[int, int] = (24, 40)) -> dict[str, Any]:
+    """Caches of no key, one, and around one part and several."""
+    offsets = torch.tensor([0, 0, 1, 17, 273, 530, 1200])
+    (key_heads, heads_of_q), (key, value) = heads, widths
+    return {
+        "q": draw(1, len(offsets) - 1, heads_of_q, key, seed=1),
+        "k": draw(1, 1200, key_heads, key, seed=2),
+        "v": draw(1, 1200, key_heads, value, seed=3),
+        "g": -draw(1, 1200, heads_of_q, seed=4).abs() / 64,
+        "cu_seqlens": offsets,
+        "do_gate_scale": True,
+        "sink_bias": draw(heads_of_q, seed=5),
+    }
+
+
+def check_decoding(arguments: dict[str, Any]) -> None:
+    """float32, in C++, against float64, in ATen."""
+    wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in arguments.items()}
+    o, truth = (fla_ops.attn_decoding_one_step(**given) for given in (arguments, wide))
+    numerics.close(o.double(), truth, torch.float32)
+
+
+@pytest.mark.parametrize("window_size", [None, 0, 1, 256, 300])
+@pytest.mark.parametrize(("heads", "widths"), [((2, 6), (24, 40)), ((3, 3), (1, 130)), ((1, 17), (33, 5))], ids=str)
+def test_decoding_with_any_heads_widths_and_windows(
+    heads: tuple[int, int], widths: tuple[int, int], window_size: int | None
+) -> None:
+    check_decoding(decoding(heads, widths) | {"window_size": window_size})
+
+
+def test_decoding_past_gates_that_forget() -> None:
+    arguments = decoding()
+    arguments["g"][0, [100, 290, 600, 1199]] = float("-inf")
+    check_decoding(arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_cache_has_the_same_bits_in_company_and_with_any_threads(dtype: torch.dtype) -> None:
+    arguments = {n: x.to(dtype) if n in ("q", "k", "v") else x for n, x in decoding().items()}
+    assert build.TOGETHER <= 1200 * 6 * (24 + 40)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(fla_ops.attn_decoding_one_step(**arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in pairwise(results))
+    for n, (start, end) in enumerate(pairwise(arguments["cu_seqlens"].tolist())):
+        own = {name: arguments[name][:, start:end] for name in ("k", "v", "g")}
+        own |= {"q": arguments["q"][:, n : n + 1], "cu_seqlens": torch.tensor([0, end - start])}
+        assert torch.equal(fla_ops.attn_decoding_one_step(**arguments | own), results[0][:, n : n + 1])
+
+
+def test_decoding_keeps_a_nan_in_its_cache() -> None:
+    arguments = decoding()
+    clean = fla_ops.attn_decoding_one_step(**arguments)
+    arguments["k"][0, 300], arguments["v"][0, 301] = float("nan"), float("inf")
+    found = fla_ops.attn_decoding_one_step(**arguments)
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(found[:, others], clean[:, others])
+    assert found[:, 4].isnan().all()
+
+
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
 def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for a machine with narrower vectors, where this one can run it."""
@@ -169,6 +245,7 @@ def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(build, "_load", cache(build._load.__wrapped__))
     for form in (*CHUNKED, "fused_recurrent_simple_gla"):
         check(form, inputs(70, (1, 3)))
+    check_decoding(decoding())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
