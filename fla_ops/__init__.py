@@ -22,7 +22,7 @@ from fla_ops.linear_attn.api import (
     linear_attn_step_,
     normalize_output,
 )
-from fla_ops.registrations._inline import inlining
+from fla_ops.registrations._inline import decompositions, inlining
 from fla_ops.registrations._op import OPERATORS, Operator
 from fla_ops.simple_gla.api import (
     chunk_simple_gla,
@@ -52,6 +52,7 @@ __all__ = [
     "chunk_lightning_attn",
     "chunk_linear_attn",
     "chunk_simple_gla",
+    "decompositions",
     "explain",
     "fused_chunk_lightning_attn",
     "fused_chunk_linear_attn",

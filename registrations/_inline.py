@@ -2,7 +2,7 @@
 
 Off by default: an operator stays one node. With `inlining()` active, Inductor fuses the body with its surroundings,
 and an AOTInductor package runs in a process that has never imported this package. `torch.export` keeps the operator
-either way.
+either way, until `run_decompositions(decompositions())` puts the bodies of ATen calls in its place.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental import _config, proxy_tensor
 
 # In the key of PyTorch's compile caches: graphs with and without bodies must not mix. It is the only record of whether
 # bodies are inlined, so that a graph is kept under the key by which it was traced: for the thread that asked or, where
 # PyTorch's settings are those of all threads (up to 2.11), for all of them.
 MARK = ";fla-inlined"
+
+_DECOMPOSITIONS: dict[OpOverload, Callable[..., Any]] = {}
 
 _changing = threading.Lock()
 
@@ -44,6 +47,16 @@ def inlining() -> Iterator[None]:
             config.cache_key_tag = config.cache_key_tag.replace(MARK, "", 1)
 
 
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's decompositions to core ATen and those of this package, for `ExportedProgram.run_decompositions`.
+
+    They serve programs on a CPU. An operator without a body of ATen calls (those of gsa and attn) is refused with a
+    NotImplementedError that names it. Export with an example of more than 64 steps, and the program serves every
+    length above 64.
+    """
+    return torch.export.default_decompositions().materialize() | _DECOMPOSITIONS
+
+
 def active() -> bool:
     """Whether this thread's traces hold bodies."""
     return MARK in torch.compiler.config.cache_key_tag
@@ -55,6 +68,9 @@ def register(op: OpOverload, bodies: dict[str, Callable[..., Any]], library: tor
     """
 
     def rule(mode: Any, overload: OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
+        if overload in _table():  # here, before an update in place becomes a call that no table can take apart
+            with mode:
+                return decomposition(*args)
         exporting = not torch._functorch.config.decompose_custom_triton_ops
         if exporting or not active():
             return mode.__torch_dispatch__(overload, types, args, kwargs)
@@ -65,7 +81,23 @@ def register(op: OpOverload, bodies: dict[str, Callable[..., Any]], library: tor
         with mode:
             return bodies[device](*args)
 
+    def decomposition(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        if device != "cpu" or device not in bodies:
+            message = f"{op} on {device} has no body of ATen calls, and cannot be decomposed"
+            raise NotImplementedError(message)
+        # The sizes of an example decide as little as they can.
+        with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return bodies[device](*args)
+
+    _DECOMPOSITIONS[op] = decomposition
     torch.library.register_torch_dispatch(op._schema.name, FunctionalTensorMode, rule, lib=library)
+
+
+def _table() -> Any:
+    """The decompositions that are being traced with."""
+    before = getattr(proxy_tensor, "CURRENT_DECOMPOSITION_TABLE", {})  # where the mode does not keep them
+    return getattr(proxy_tensor.get_proxy_mode(), "decomposition_table", before)
 
 
 @cache

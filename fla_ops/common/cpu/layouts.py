@@ -63,7 +63,11 @@ def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
     ends = weights(running(total, backwards), added.dtype, backwards) @ ends  # x at each block's end
     entering = pad(ends, (0, 0, 0, 1))[..., 1:, :] if backwards else pad(ends, (0, 0, 1, 0))[..., :-1, :]
     x = torch.addcmul(local, sums.to(added.dtype).exp()[..., None], entering.unsqueeze(-2))
-    return x.flatten(-3, -2)[..., :rows, :]
+    x = x.flatten(-3, -2)
+    if isinstance(rows, int):
+        return x[..., :rows, :]
+    # A slice would have min(rows, ...) rows, which a product compares with others: that guards on the length.
+    return x.index_select(-2, torch.arange(rows, device=x.device))
 
 
 class Dense:

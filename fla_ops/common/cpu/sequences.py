@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fla_ops import validation as valid
@@ -23,7 +24,7 @@ Span = dict[str, slice]  # where one sequence lies, by the axis letters that tel
 
 def is_traced(x: Tensor) -> bool:
     """Whether a graph is being recorded: sizes may be symbolic, and values cannot be read."""
-    return isinstance(x, FunctionalTensor)
+    return isinstance(x, FunctionalTensor | FakeTensor)
 
 
 def for_rows(mask: Tensor, x: Tensor) -> Tensor:
