@@ -372,6 +372,6 @@ def test_every_source_of_the_package_is_warmed(monkeypatch: pytest.MonkeyPatch) 
 def test_what_a_source_exports_is_known(source: str) -> None:
     exported = build.exports(build._text(source))
     assert "use_threads" in exported
-    assert len(exported) > 2
+    assert len(exported) > 1
     library = build.library(source)
     assert all(hasattr(library, name) for name in exported)
