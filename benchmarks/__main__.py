@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from . import machine, plots, report, sections, targets
+from . import machine, models, plots, report, sections, targets
 from .comparison import COMPILED, EAGER, WAYS, Row, Settings, compare
 from .peers import peers_of
 from .problems import UNTIMED, Problem, problems
 from .roofline import Roofline, measure_roofline
 from .timing import NOISY
 
-SECTIONS = ("rows", "details", "overhead", "first-call", "sweep")
+SECTIONS = ("rows", "details", "overhead", "first-call", "sweep", "models")
 QUICK_SECTIONS = ("rows", "overhead")
 QUICK_WAYS = (EAGER, COMPILED)
 QUICK_SECONDS, SECONDS = 0.4, 3.0
@@ -101,17 +101,20 @@ class Run:
             "overhead": [],
             "first_call": [],
             "sweep": [],
+            "models": [],
             "failed": [],
         }
         every = [(p, pass_) for p in problems(self.device, options.quick) for pass_ in p.passes]
         self.chosen = [(p, pass_) for p, pass_ in every if re.search(options.only, p.label(pass_))]
         every = sections.sweep(self.device, options.quick)
         self.swept = [(forms, pass_) for forms, pass_ in every if re.search(options.only, forms[0].label(pass_))]
+        known = models.MODELS if machine.version("transformers") else ()
+        self.models = [name for name in known if re.search(options.only, models.label(name))]
         self.operators: dict[str, Problem] = {}
         for problem, _ in self.chosen:
             self.operators.setdefault(problem.operator, problem)
-        count = len(self.chosen) * ("rows" in self.sections) + len(self.swept) * ("sweep" in self.sections)
-        self.progress = report.Progress(count)
+        work = {"rows": self.chosen, "sweep": self.swept, "models": self.models}
+        self.progress = report.Progress(sum(len(x) for section, x in work.items() if section in self.sections))
 
     def out_of_time(self) -> bool:
         """Whether the limit has passed; the run counts what it therefore does not begin."""
@@ -152,6 +155,8 @@ class Run:
             self._first_calls()
         if "sweep" in self.sections:
             self._sweep(roofline)
+        if "models" in self.sections:
+            self._models()
         self.progress.clear()
 
     def _rows(self, roofline: Roofline) -> None:
@@ -211,12 +216,26 @@ class Run:
             for path in plots.draw(found, self.options.plots, self.device.type, about):
                 print(f"wrote {path.name}")
 
+    def _models(self) -> None:
+        found: list[Row] = self.results["models"]
+        for name in self.models:
+            if self.out_of_time():
+                continue
+            self.progress.start(models.label(name))
+            with self.reporting_failure(models.label(name)):
+                found += models.compare(name, self.settings, self.options.quick)
+            self.save()
+        self.progress.clear()
+        if found:
+            print(f"\nsmall models of transformers, patched\n{report.text_table(*report.models(found))}", flush=True)
+
     def finish(self) -> None:
         """Check the targets, and say how far the numbers can be trusted."""
         found = self.results["targets"] = targets.check(self.results["rows"], self.device.type, self.options.quick)
         if found:
             print(f"\ntargets\n{targets.lines(found)}")
-        measured = [r for r in self.results["rows"] + self.results["sweep"] if r.get("spread") is not None]
+        timed = self.results["rows"] + self.results["sweep"] + self.results["models"]
+        measured = [r for r in timed if r.get("spread") is not None]
         noisy = sum(r["spread"] > NOISY for r in measured)
         others = machine.OTHER_LOAD.cores()
         self.results["noise"] = {
@@ -253,6 +272,8 @@ def show_list(run: Run) -> None:
         found = peers_of(problem, pass_, run.device)
         peers = (p.name if machine.version(p.package) else f"{p.name} (not installed)" for p in found)
         print(f"{problem.label(pass_):72s} beside {', '.join(peers) or 'nothing'}")
+    for name in run.models:
+        print(f"{models.label(name):72s} beside transformers")
     for name, why in UNTIMED.items():
         print(f"{name:72s} not timed: {why}")
 
@@ -266,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         show_list(run)
         return 0
-    if not run.chosen:
+    if not run.chosen and not run.models:
         print(f"no row matches {options.only!r}; --list shows them", file=sys.stderr)
         return 2
     about = run.results["machine"]

@@ -1,7 +1,7 @@
-"""The tables of the terminal and of docs/performance.md: `python -m benchmarks.report` writes the page's parts anew.
+"""The tables of the terminal and of two pages of docs: `python -m benchmarks.report` writes the pages' parts anew.
 
-The page's prose is written by hand. The text between `<!-- begin NAME DEVICE -->` and `<!-- end NAME DEVICE -->` comes
-from `benchmarks/results/DEVICE.json`.
+The pages' prose is written by hand. The text between `<!-- begin NAME DEVICE -->` and `<!-- end NAME DEVICE -->` comes
+from `benchmarks/results/DEVICE.json`, that of docs/models.md from `models_DEVICE.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .comparison import OURS, WAYS, Row
 from .problems import TRAINING
 from .timing import NOISY
 
-PAGE = machine.ROOT / "docs" / "performance.md"
+PAGES = tuple(machine.ROOT / "docs" / name for name in ("performance.md", "models.md"))
 RESULTS = machine.ROOT / "benchmarks" / "results"
 NOT_YET = "Not measured yet."
 Table = tuple[list[str], list[list[str]]]  # the header, and the lines
@@ -131,6 +131,16 @@ def sweep(rows: Sequence[Row]) -> Table:
         for r in rows if "median_ms" in r
     ]  # fmt: skip
     return ["family", "pass", "T", "who", "time", "range", "us/step", "peak MiB"], lines
+
+
+def models(rows: Sequence[Row]) -> Table:
+    """Tabulate how many times faster a model is when it is patched, a column for each pass."""
+    ratios: dict[str, dict[str, float]] = {}
+    for row in rows:
+        ratios.setdefault(row["model"], {})[_pass(row)] = row["times_faster"]
+    passes = list(dict.fromkeys(_pass(row) for row in rows))
+    lines = [[model, *(f"{found[p]:.2f}" if p in found else "" for p in passes)] for model, found in ratios.items()]
+    return ["model", *passes], lines
 
 
 def _mebibytes(row: Row, unit: str = "") -> str:
@@ -250,6 +260,7 @@ PARTS: dict[str, Callable[[Row], str]] = {
     "calls": page_calls,
     "lengths": page_lengths,
     "plots": page_plots,
+    "models": lambda found: markdown_table(*models(found["models"])),
 }
 
 
@@ -266,8 +277,9 @@ def rendered(page: str, results: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    """Write the page anew; return the exit status."""
-    PAGE.write_text(rendered(PAGE.read_text()))
+    """Write the pages anew; return the exit status."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import fla_ops
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks import models, report
 from benchmarks.problems import UNTIMED, problems, public_operators
 from benchmarks.tuning import crossovers, kernels
 from fla_ops import launch
@@ -47,6 +48,19 @@ def test_a_quick_run_of_one_row(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert row["peak_mib"] > 0
 
 
+def test_a_model_is_timed_on_both_implementations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "models.json"
+    arguments = ["--quick", "--only", "^model mamba2$", "--sections", "models", "--seconds", "0.01", "--device", "cpu"]
+    assert command.main([*arguments, "--json", str(out)]) == 0
+    assert "small models of transformers, patched" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["models"]
+    assert [row["pass"] for row in rows] == list(models.PASSES)
+    assert all(min(row["theirs_ms"], row["ours_ms"], row["times_faster"]) > 0 for row in rows)
+    scan = importlib.import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+    assert scan.__module__.startswith("transformers")
+
+
 def test_nothing_matches(capsys: pytest.CaptureFixture) -> None:
     assert command.main(["--only", "no such row", "--device", "cpu"]) == 2
     assert "--list" in capsys.readouterr().err
@@ -55,7 +69,7 @@ def test_nothing_matches(capsys: pytest.CaptureFixture) -> None:
 def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         command.main(["--sections", "rows,row", "--device", "cpu"])
-    assert "wanted some of rows,details,overhead,first-call,sweep, got row" in capsys.readouterr().err
+    assert "wanted some of rows,details,overhead,first-call,sweep,models, got row" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -101,8 +115,9 @@ def test_auto_is_close_to_the_best_form_on_the_measured_grid(path: Path) -> None
         assert table[point["family"]][point["device"]]["source"] == kept["source"]
 
 
-def test_the_documentation_says_what_was_measured() -> None:
-    page = report.PAGE.read_text()
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.stem)
+def test_the_documentation_says_what_was_measured(path: Path) -> None:
+    page = path.read_text()
     assert report.rendered(page) == page, "run python -m benchmarks.report"
 
 
