@@ -136,6 +136,24 @@ def test_all_sequences_at_once_are_each_on_its_own(
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("poisoned", ["q", "k", "v", "g", "initial_state"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
+def test_all_sequences_at_once_keep_their_nan(poisoned: str, reverse: bool) -> None:
+    given = calls("chunk_simple_gla", "step", [0, 0, 33, 34, 130])
+    options = {"output_final_state": True, "reverse": reverse, "chunk_size": 16}
+    bad = {name: x.clone() for name, x in given.items()}
+    if poisoned == "initial_state":
+        bad[poisoned][1] = torch.nan
+    else:
+        bad[poisoned][:, 20:22] = torch.nan
+    with mock.patch.object(sequences, "is_traced", return_value=True):
+        expected, found = (with_gradients("chunk_simple_gla", options, x) for x in (given, bad))
+    for got, wanted in zip(found, expected, strict=True):
+        others = (slice(None), slice(33, None)) if got.shape[0] == 1 else (slice(2, None),)
+        assert torch.equal(got[others], wanted[others])
+    assert found[0][:, :33].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("form", "options"),
     [

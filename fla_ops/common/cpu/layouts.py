@@ -70,6 +70,16 @@ def recur(log_decay: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
     return x.index_select(-2, torch.arange(rows, device=x.device))
 
 
+def recur_apart(log_decay: Tensor, added: Tensor, begins: Tensor, backwards: bool = False) -> Tensor:
+    """recur over rows of many sequences, each of which begins at some row: what is no number in one reaches none of the
+    others. begins is [R].
+    """
+    sound = added.isfinite() & ~log_decay.isnan()[..., None]
+    x = recur(log_decay.nan_to_num(0.0, 0.0), torch.where(sound, added, 0), backwards)
+    kept = torch.where(begins, FORGET, 0.0).to(log_decay.dtype).expand_as(log_decay)
+    return torch.where(recur(kept, (~sound).to(added.dtype), backwards) > 0, torch.nan, x)
+
+
 class Dense:
     """A batch of sequences of one length; without a size, in one chunk each."""
 
@@ -155,7 +165,7 @@ class Packed:
         logs = torch.where(begins, FORGET, log_total.roll(by, -1))
         entering = initial[self.sequence].movedim(0, -3)[None]
         added = torch.where(begins[:, None, None], entering, updates.roll(by, -3))
-        states = recur(logs, added.flatten(-2), backwards).unflatten(-1, updates.shape[-2:])
+        states = recur_apart(logs, added.flatten(-2), begins, backwards).unflatten(-1, updates.shape[-2:])
         states_at, updates_at = (x[0][..., ends, :, :] for x in (states, updates))
         final = _advance(states_at, log_total[0][..., ends], updates_at).movedim(-3, 0)
         return states, torch.where(self.empty.reshape(-1, *[1] * (final.dim() - 1)), initial, final)
