@@ -1,6 +1,6 @@
 """C++ kernels for a CPU, compiled for this machine at their first launch, as Triton's are for a GPU.
 
-The compiler is `CXX`, or `c++`; GCC from version 12 on and Clang know the vector extensions that the kernels use. What
+The compiler is `CXX`, or `c++`; GCC from version 12 on and Clang from 15 on know what the kernels use. What
 it made is kept in `FLA_OPS_CACHE_DIR`, or in the user's cache folder, and serves from then on without a compiler.
 """
 

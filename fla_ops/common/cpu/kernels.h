@@ -205,6 +205,12 @@ struct BFloat16 {
     }
 };
 
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // GCC's C++ has _Float16 there from version 13 on
+#else
+typedef _Float16 Float16;
+#endif
+
 enum Dtype : int64_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Calls body(static_cast<T*>(data)) with the type that `dtype` names.
@@ -215,7 +221,7 @@ inline void typed(Dtype dtype, void* data, Body body) {
     else if (dtype == BFLOAT16)
         body(static_cast<BFloat16*>(data));
     else
-        body(static_cast<_Float16*>(data));
+        body(static_cast<Float16*>(data));
 }
 
 // A tensor [B, T, heads, width]; strides are in numbers. Null where not given.
