@@ -139,14 +139,16 @@ def fused_recurrent_gsa(
 @public
 def gsa_step_(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor,
-    scale: float | None = None, slots: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None, state_v_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in two pools, updated in place. For decoding; it has no gradient.
 
     Args:
         q: [N, HQ, K]. k: [N, H, K]. v: [N, H, V]. s, g: [N, H, M]. scale: as `help(fla_ops.gsa)` says.
         state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32. The pools
-            share no memory with each other, and no element lies in a pool twice.
+            share no memory with each other, and no element lies in a pool twice. With state_v_first=True each is
+            stored with what is read out of it first, [P, H, M, K] and [P, H, V, M]: the slots are the values of the
+            first recurrence.
         slots: [N] int32 or int64, the cache row of each sequence in both pools (not its M memory slots); all different.
             -1 is padding: nothing is read or written for it and its output is zero. None means row n for sequence n,
             and P = N. A row outside the pools is a ValueError on a CPU; a GPU, where no value can be read back, leaves
@@ -158,7 +160,7 @@ def gsa_step_(
     Raises:
         NotImplementedError: if a gradient is asked for.
     """
-    o: Tensor = torch.ops.fla.gsa_step_(q, k, v, s, g, state_k, state_v, scale, slots)
+    o: Tensor = torch.ops.fla.gsa_step_(q, k, v, s, g, state_k, state_v, scale, slots, state_v_first)
     return o
 
 

@@ -41,6 +41,11 @@ STEP_AXES = {
     "o": "N HQ V",
 }
 WITHOUT_SLOTS = STEP_AXES | {"state_k": "N H K M (without slots)", "state_v": "N H M V (without slots)"}
+STEP_V_FIRST = STEP_AXES | {"state_k": "P H M K (state_v_first=True)", "state_v": "P H V M (state_v_first=True)"}
+STEP_V_FIRST_WITHOUT_SLOTS = STEP_AXES | {
+    "state_k": "N H M K (state_v_first=True, without slots)",
+    "state_v": "N H V M (state_v_first=True, without slots)",
+}
 
 
 class Call(NamedTuple):
@@ -109,11 +114,19 @@ class Step(NamedTuple):
     state_v: Pool
     scale: float | None = None
     slots: Tensor | None = None
+    state_v_first: bool = False
 
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
+        if self.state_v_first:
+            return STEP_V_FIRST_WITHOUT_SLOTS if self.slots is None else STEP_V_FIRST
         return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """The states as [P, H, K, M] and [P, H, M, V], in place."""
+        return (self.state_k.mT, self.state_v.mT) if self.state_v_first else (self.state_k, self.state_v)
 
     @property
     def factor(self) -> float:
