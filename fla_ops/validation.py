@@ -161,6 +161,15 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
+def mask(**tensors: Tensor | None) -> None:
+    """What says yes or no."""
+    for name, x in tensors.items():
+        if x is not None:
+            torch._check_type(
+                x.dtype is torch.bool, lambda name=name, x=x: f"{name} must be bool, got {_names([x.dtype])}"
+            )
+
+
 def same_device(c: Any) -> None:
     """All tensors of a call lie where its first one lies, but for the host's copy of the offsets."""
     device = c[0].device

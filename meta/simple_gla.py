@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fla_ops.simple_gla import checks
-from fla_ops.simple_gla.call import Call, Outputs, Step, Weighted
+from fla_ops.simple_gla.call import Call, Outputs, Prefill, Step, Weighted
 from fla_ops.validation import state_dtype
 
 
@@ -25,3 +25,7 @@ def parallel_forward(c: Call) -> Weighted:
 
 def step(c: Step) -> Tensor:
     return c.v.new_empty(checks.step(c).of(c.axes["o"]))
+
+
+def prefill(c: Prefill) -> Tensor:
+    return c.v.new_empty(checks.prefill(c).of(c.axes["o"]))

@@ -115,4 +115,12 @@ register(
     inline={"cpu": "fla_ops.simple_gla.cpu.aten:step"},
     tags=(),
 )
+register(
+    call.PREFILL,
+    cpu="fla_ops.simple_gla.cpu.cpp:prefill",
+    cuda="fla_ops.simple_gla.gpu.chunk:prefill",
+    fake=fake.prefill,
+    flops=_chunk_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:prefill"},
+)
 register_composite(call.DISPATCHER, "fla_ops.simple_gla.forms:dispatch")

@@ -32,6 +32,7 @@ SERVED = (
     *CHUNKED,
     "fused_recurrent_simple_gla",
     "simple_gla_step_",
+    "simple_gla_prefill_",
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",

@@ -63,15 +63,21 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
         o, state = simple_gla.recurrent(q, k, v, g, initial_state=state)
         return o[:, 0], state
 
+    def prefill(state: Tensor, slots: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
+        o, final = simple_gla.recurrent(**x, initial_state=state[slots])
+        return o, state.index_copy(0, slots, final)
+
     q, k, v, g = normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -uniform(B, T, H)
     activations, state = {"q": q, "k": k, "v": v, "g": g}, normal(B, H, K, V)
     forms = ("simple_gla", "chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
     given, flags = activations | {"initial_state": state}, {"output_final_state": True}
     first = {name: x[:, 0] for name, x in activations.items()} | {"state": state}
+    pooled = activations | {"state": normal(3, H, K, V), "slots": torch.tensor([2, 0])}
     return [
         *(Problem(form, given, simple_gla.recurrent, flags) for form in forms),
         Problem("parallel_simple_gla", activations, lambda **x: simple_gla.parallel(**x)[0]),
         Problem("simple_gla_step_", first, step, updated=("state",), trained=False),
+        Problem("simple_gla_prefill_", pooled, prefill, updated=("state",), trained=False),
     ]
 
 

@@ -205,6 +205,43 @@ def simple_gla_step_(
     return o
 
 
+@public
+def simple_gla_prefill_(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None, fresh: Tensor | None = None,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64,
+) -> Tensor:  # fmt: skip
+    """Sequences of any lengths whose states live in a pool: each starts from its row, which then holds its final state.
+    For prompts, pieces of prompts and single tokens in one call; it has no gradient.
+
+    Equal, bit for bit, to chunk_simple_gla from the rows' states, with what it returns put back into the rows.
+
+    Args:
+        q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.simple_gla)` says.
+        state: [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The arithmetic is
+            float32, and a row is rounded once, at the end.
+        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
+            written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside the
+            pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills
+            that sequence's output with NaN.
+        fresh: [N] bool, which sequences start from zeros, whatever their rows hold (NaN too). None means that none
+            does. A sequence without steps leaves its row alone, or zeros it if it is fresh.
+        chunk_size: as in chunk_simple_gla.
+
+    Returns:
+        o [B, T, H, V] in v's dtype.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o: Tensor = torch.ops.fla.simple_gla_prefill_(
+        q, k, v, state, g, g_gamma, scale, slots, fresh, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o
+
+
 @overload
 def simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,

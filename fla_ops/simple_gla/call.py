@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,9 +34,19 @@ STEP_AXES = {
     "slots": "N",
     "o": "N H V",
 }
-WITHOUT_SLOTS = STEP_AXES | {"state": "N H K V (without slots)"}
-STEP_V_FIRST = STEP_AXES | {"state": "P H V K (state_v_first=True)"}
-STEP_V_FIRST_WITHOUT_SLOTS = STEP_AXES | {"state": "N H V K (state_v_first=True, without slots)"}
+PREFILL_AXES = {
+    "q": "B T HK K",
+    "v": "B T H V",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "state": "P H K V",
+    "k": "B T HK K",
+    "g": "B T H",
+    "g_gamma": "H",
+    "slots": "N",
+    "fresh": "N",
+    "o": "B T H V",
+}
 
 
 class Call(NamedTuple):
@@ -89,6 +99,14 @@ class Call(NamedTuple):
         return (self.sequences, self.v.shape[2], *(widths[::-1] if self.state_v_first else widths))
 
 
+def pool_axes(c: Any) -> dict[str, str]:
+    """The axes of the pool that a call updates."""
+    layout, notes = ("V K", ["state_v_first=True"]) if c.state_v_first else ("K V", [])
+    if c.slots is None:
+        return {"state": f"N H {layout} ({', '.join([*notes, 'without slots'])})"}
+    return {"state": f"P H {layout} ({', '.join(notes)})" if notes else f"P H {layout}"}
+
+
 def flipped(x: Tensor | None, axis: int) -> Tensor | None:
     """A tensor that may be absent, from its end to its start."""
     return None if x is None else x.flip(axis)
@@ -110,9 +128,7 @@ class Step(NamedTuple):
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
-        if self.state_v_first:
-            return STEP_V_FIRST_WITHOUT_SLOTS if self.slots is None else STEP_V_FIRST
-        return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+        return STEP_AXES | pool_axes(self)
 
     @property
     def pool(self) -> Tensor:
@@ -123,6 +139,45 @@ class Step(NamedTuple):
     def factor(self) -> float:
         """What q is multiplied by."""
         return scale_or_default(self.scale, self.q)
+
+
+class Prefill(NamedTuple):
+    """Sequences of any lengths, from rows of a pool to the same rows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Pool
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    scale: float | None = None
+    slots: Tensor | None = None
+    fresh: Tensor | None = None
+    state_v_first: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return PREFILL_AXES | pool_axes(self)
+
+    @property
+    def pool(self) -> Tensor:
+        """The states as [P, H, K, V], in place."""
+        return self.state.mT if self.state_v_first else self.state
+
+    @property
+    def sequences(self) -> Size:
+        """N, the sequences of the batch or of the pack."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def call(self, initial_state: Tensor | None = None) -> Call:
+        """The form's call from states [N, H, K, V] to states that are returned."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        shared["state_v_first"] = False
+        return Call(**shared, initial_state=initial_state, output_final_state=True)
 
 
 class Outputs(NamedTuple):
@@ -183,6 +238,7 @@ PARALLEL = Signature(
     without=("initial_state", "output_final_state", "reverse", "state_v_first", "chunk_size", "mode"),
 )
 STEP = Signature("simple_gla_step_", Step, "Tensor")
+PREFILL = Signature("simple_gla_prefill_", Prefill, "Tensor")
 DISPATCHER = Signature("simple_gla", Call, Outputs, without=("output_attentions",), last=("reverse", "mode"))
 
 CHUNK_GRADIENT = Gradient(CHUNK, Need)

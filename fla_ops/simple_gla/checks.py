@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fla_ops import validation as valid
 
-from .call import Call, Step
+from .call import Call, Prefill, Step
 
 GROUPED = ("v", "H", "q and k", "HK")  # each query/key head serves H // HK value heads
 
@@ -20,7 +20,7 @@ def inputs(c: Call) -> valid.Sizes:
     return sizes
 
 
-def step(c: Step) -> valid.Sizes:
+def step(c: Step | Prefill) -> valid.Sizes:
     """The arguments of one decode step; sizes may be symbolic."""
     sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
@@ -31,5 +31,14 @@ def step(c: Step) -> valid.Sizes:
     return sizes
 
 
+def prefill(c: Prefill) -> valid.Sizes:
+    """The arguments of a prefill into a pool; sizes may be symbolic."""
+    sizes = step(c)
+    valid.mask(fresh=c.fresh)
+    valid.chunk_size(c.chunk_size)
+    return sizes
+
+
 eager = valid.once(inputs)
 eager_step = valid.once(step, pools=("state",))
+eager_prefill = valid.once(prefill, pools=("state",))

@@ -57,6 +57,8 @@ def check_alone(case: Case, inputs: Inputs, spans: dict[str, slice], together: N
     own = {name: part_of(case, name, x, spans) for name, x in inputs.items() if not name.startswith("cu_seqlens")}
     if "cu_seqlens" in inputs:
         own["cu_seqlens"] = inputs["cu_seqlens"].new_tensor([0, spans["T"].stop - spans["T"].start])
+    if "slots" in inputs:
+        own["slots"] = torch.zeros_like(own["slots"])  # of a pool with its row alone
     upstream = {name: part_of(case, name, x, spans) for name, x in arriving.items()}
     alone = evaluate(case, own, arriving=upstream)
     shared = {f"d{name}" for name in case.trained if not any(case.axis(name, letter) for letter in spans)}
@@ -77,7 +79,13 @@ def test_a_sequence_alone_or_in_a_pack(case: Case, device: str, dtype: torch.dty
     together = evaluate(case, inputs, arriving=arriving)
     offsets = case.sizes["offsets"]
     for n, (start, end) in enumerate(pairwise(offsets)):
-        check_alone(case, inputs, {"T": slice(start, end), "N": slice(n, n + 1)}, together, arriving)
+        spans = {"T": slice(start, end), "N": slice(n, n + 1)}
+        if "slots" in inputs:
+            row = int(inputs["slots"][n])
+            if row < 0:  # padding has no row
+                continue
+            spans["P"] = slice(row, row + 1)
+        check_alone(case, inputs, spans, together, arriving)
 
 
 @pytest.mark.parametrize(

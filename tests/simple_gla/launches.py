@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fla_ops.simple_gla.call import Call, Need, Outputs, Step, Weighted, WeightsNeed
+from fla_ops.simple_gla.call import Call, Need, Outputs, Prefill, Step, Weighted, WeightsNeed
 from fla_ops.simple_gla.gpu import chunk, decoding, fused_chunk, fused_recurrent, parallel
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
@@ -65,6 +65,12 @@ def parallel_forward_with_attentions(dtype: torch.dtype, key_width: int, value_w
     parallel.forward(call(dtype, key_width, value_width)._replace(output_attentions=True))
 
 
+def prefill(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    c = call(dtype, key_width, value_width)
+    slots, fresh = (torch.zeros(len(c.q), dtype=kind) for kind in (torch.int64, torch.bool))
+    chunk.prefill(Prefill(c.q, c.k, c.v, c.initial_state, c.g, slots=slots, fresh=fresh, chunk_size=CHUNK))
+
+
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     c = call(dtype, key_width, value_width)
     q, k, v, g = (x[:, 0].contiguous() for x in (c.q, c.k, c.v, c.g))
@@ -72,8 +78,8 @@ def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
-    "chunk_state": [chunk_backward],
-    "chunk_output": [chunk_forward],
+    "chunk_state": [chunk_backward, prefill],
+    "chunk_output": [chunk_forward, prefill],
     "chunk_backward": [chunk_backward],
     "fused_chunk": [fused_chunk_forward, fused_chunk_backward],
     "fused_recurrent": [fused_recurrent_backward],

@@ -53,4 +53,21 @@ def of_step() -> list[Refusal]:
     ]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step()]
+def of_prefill() -> list[Refusal]:
+    """What the prefill refuses."""
+    found = by_id("simple_gla_prefill_")
+    batch, packed = found["batch-with-padding"], found["packed-int32"]
+    four = batch.resized(B=4)
+    larger = r"state must be \[N, H, K, V\] \(without slots\) = \(3, 6, 10, 7\), got \(9, 6, 10, 7\)"
+    rows: list[Row] = [
+        ("both-decays", batch, {"g_gamma": torch.zeros(6)}, ValueError, BOTH_DECAYS),
+        ("pool-larger-than-N", batch, {"slots": None}, ValueError, larger),
+        *of_packs(packed),
+        beside_a_batch(batch.resized(B=2), "slots", "fresh"),
+        *of_slots(four),
+        *of_chunk_size(batch),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
+REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step(), *of_prefill()]

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fla_ops.common.cpu import slots
 from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights, whole
-from fla_ops.common.cpu.sequences import one_by_one
+from fla_ops.common.cpu.sequences import for_rows, one_by_one
 from fla_ops.validation import cu_seqlens_values_async, state_dtype
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs, Step, Weighted, WeightsNeed
+from ..call import Call, Gradients, Need, Outputs, Prefill, Step, Weighted, WeightsNeed
 
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 
@@ -86,6 +86,21 @@ def step(c: Step) -> Tensor:
     o = (query * c.factor * state).sum(-2).flatten(1, 2).to(c.v.dtype)
     slots.write_(c.pool, c.slots, held, state.flatten(1, 2))
     return slots.only_with_slots(o, c.slots)
+
+
+def prefill(c: Prefill) -> Tensor:
+    """o of every sequence from its row of the pool, which then holds its final state."""
+    held = slots.read(c.pool, c.slots)
+    initial = held if c.fresh is None else torch.where(for_rows(c.fresh, held), 0, held)
+    o, final = forward(c.call(initial))
+    slots.write_(c.pool, c.slots, held, final)
+    if c.slots is None:
+        return o
+    if c.cu_seqlens is None:
+        return slots.only_with_slots(o, c.slots)
+    step = torch.arange(o.shape[1], device=o.device)
+    owner = torch.searchsorted(c.cu_seqlens[1:], step.to(c.cu_seqlens.dtype), right=True)
+    return slots.only_with_slots(o[0], c.slots[owner.clamp(max=c.slots.shape[0] - 1)])[None]
 
 
 class Chunks(NamedTuple):
