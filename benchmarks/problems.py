@@ -246,6 +246,7 @@ TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
 FAMILIES = ("simple_gla", "linear_attn", "lightning_attn", "gsa", "attn")
 UNTIMED = {
     "lightning_decay": "a few numbers per layer, computed once",
+    "simple_gla_advance_": "the decode step without its outputs",
     "simple_gla_prefill_": "the chunk forms' kernels, from rows of a pool to the same rows",
 }
 

@@ -30,6 +30,7 @@ from fla_ops.simple_gla.api import (
     fused_recurrent_simple_gla,
     parallel_simple_gla,
     simple_gla,
+    simple_gla_advance_,
     simple_gla_prefill_,
     simple_gla_step_,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "parallel_attn",
     "parallel_simple_gla",
     "simple_gla",
+    "simple_gla_advance_",
     "simple_gla_prefill_",
     "simple_gla_step_",
 ]

@@ -27,5 +27,8 @@ def step(c: Step) -> Tensor:
     return c.v.new_empty(checks.step(c).of(c.axes["o"]))
 
 
+advance = checks.advance
+
+
 def prefill(c: Prefill) -> Tensor:
     return c.v.new_empty(checks.prefill(c).of(c.axes["o"]))

@@ -54,6 +54,12 @@ def _step_flops(c: Any) -> int:
     return int(sequences * heads * 5 * c.q[2] * value)
 
 
+def _advance_flops(c: Any) -> int:
+    """Decay and outer product at each step, if all are taken."""
+    sequences, time, heads, value = c.v
+    return int(sequences * time * heads * 3 * c.k[3] * value)
+
+
 for signature, gradient, form in (
     (call.CHUNK, call.CHUNK_GRADIENT, "chunk"),
     (call.FUSED_CHUNK, call.FUSED_CHUNK_GRADIENT, "fused_chunk"),
@@ -113,6 +119,15 @@ register(
     fake=fake.step,
     flops=_step_flops,
     inline={"cpu": "fla_ops.simple_gla.cpu.aten:step"},
+    tags=(),
+)
+register(
+    call.ADVANCE,
+    cpu="fla_ops.simple_gla.cpu.cpp_recurrent:advance",
+    cuda="fla_ops.simple_gla.gpu.advance:advance",
+    fake=fake.advance,
+    flops=_advance_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:advance"},
     tags=(),
 )
 register(

@@ -33,6 +33,7 @@ SERVED = (
     "fused_recurrent_simple_gla",
     "simple_gla_step_",
     "simple_gla_prefill_",
+    "simple_gla_advance_",
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",

@@ -67,16 +67,23 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
         o, final = simple_gla.recurrent(**x, initial_state=state[slots])
         return o, state.index_copy(0, slots, final)
 
+    def advance(state: Tensor, accepted: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor]:
+        taken = (torch.arange(k.shape[1], device=k.device) < accepted[:, None])[..., None]
+        k, v, g = k * taken[..., None], v * taken[..., None], g * taken
+        return (simple_gla.recurrent(k, k, v, g, initial_state=state)[1],)
+
     q, k, v, g = normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -uniform(B, T, H)
     activations, state = {"q": q, "k": k, "v": v, "g": g}, normal(B, H, K, V)
     forms = ("simple_gla", "chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
     given, flags = activations | {"initial_state": state}, {"output_final_state": True}
     first = {name: x[:, 0] for name, x in activations.items()} | {"state": state}
+    drafted = {"k": k[:, :5], "v": v[:, :5], "g": g[:, :5], "state": state, "accepted": torch.tensor([2, 5])}
     pooled = activations | {"state": normal(3, H, K, V), "slots": torch.tensor([2, 0])}
     return [
         *(Problem(form, given, simple_gla.recurrent, flags) for form in forms),
         Problem("parallel_simple_gla", activations, lambda **x: simple_gla.parallel(**x)[0]),
         Problem("simple_gla_step_", first, step, updated=("state",), trained=False),
+        Problem("simple_gla_advance_", drafted, advance, updated=("state",), trained=False),
         Problem("simple_gla_prefill_", pooled, prefill, updated=("state",), trained=False),
     ]
 

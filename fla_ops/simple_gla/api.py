@@ -206,6 +206,33 @@ def simple_gla_step_(
 
 
 @public
+def simple_gla_advance_(
+    k: Tensor, v: Tensor, state: Tensor, accepted: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    slots: Tensor | None = None, state_v_first: bool = False,
+) -> None:  # fmt: skip
+    """The first few of T steps for N sequences whose states live in a pool, updated in place, without outputs: what is
+    kept of drafted tokens. It has no gradient.
+
+    Equal to as many calls of simple_gla_step_, on a CPU bit for bit in a float32 pool. A half-precision pool is rounded
+    once, at the end.
+
+    Args:
+        k: [N, T, HK, K]. v: [N, T, H, V]. g: [N, T, H]. g_gamma: [H]. As `help(fla_ops.simple_gla)` says.
+        state: [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The arithmetic is
+            float32.
+        accepted: [N] int32 or int64, how many steps each sequence takes, from 0 to T. Another number is a ValueError on
+            a CPU; on a GPU, where no value can be read back, one below 0 counts as 0, and one above T as T.
+        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
+            written for it. None means row n for sequence n, and P = N. A slot outside the pool is a ValueError on a
+            CPU; a GPU leaves the pool alone.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    torch.ops.fla.simple_gla_advance_(k, v, state, accepted, g, g_gamma, slots, state_v_first)
+
+
+@public
 def simple_gla_prefill_(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     scale: float | None = None, slots: Tensor | None = None, fresh: Tensor | None = None,

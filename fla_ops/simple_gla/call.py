@@ -34,6 +34,15 @@ STEP_AXES = {
     "slots": "N",
     "o": "N H V",
 }
+ADVANCE_AXES = {
+    "k": "N T HK K",
+    "v": "N T H V",
+    "state": "P H K V",
+    "accepted": "N",
+    "g": "N T H",
+    "g_gamma": "H",
+    "slots": "N",
+}
 PREFILL_AXES = {
     "q": "B T HK K",
     "v": "B T H V",
@@ -141,6 +150,29 @@ class Step(NamedTuple):
         return scale_or_default(self.scale, self.q)
 
 
+class Advance(NamedTuple):
+    """Some of the steps that were drafted for each sequence, taken into its row of a pool."""
+
+    k: Tensor
+    v: Tensor
+    state: Pool
+    accepted: Tensor
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    slots: Tensor | None = None
+    state_v_first: bool = False
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return ADVANCE_AXES | pool_axes(self)
+
+    @property
+    def pool(self) -> Tensor:
+        """The states as [P, H, K, V], in place."""
+        return self.state.mT if self.state_v_first else self.state
+
+
 class Prefill(NamedTuple):
     """Sequences of any lengths, from rows of a pool to the same rows."""
 
@@ -238,6 +270,7 @@ PARALLEL = Signature(
     without=("initial_state", "output_final_state", "reverse", "state_v_first", "chunk_size", "mode"),
 )
 STEP = Signature("simple_gla_step_", Step, "Tensor")
+ADVANCE = Signature("simple_gla_advance_", Advance, "()")
 PREFILL = Signature("simple_gla_prefill_", Prefill, "Tensor")
 DISPATCHER = Signature("simple_gla", Call, Outputs, without=("output_attentions",), last=("reverse", "mode"))
 

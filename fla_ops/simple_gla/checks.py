@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fla_ops import validation as valid
 
-from .call import Call, Prefill, Step
+from .call import Advance, Call, Prefill, Step
 
 GROUPED = ("v", "H", "q and k", "HK")  # each query/key head serves H // HK value heads
 
@@ -31,6 +31,17 @@ def step(c: Step | Prefill) -> valid.Sizes:
     return sizes
 
 
+def advance(c: Advance) -> None:
+    """The arguments of the steps that are taken; sizes may be symbolic."""
+    valid.axes(c, grouped=("v", "H", "k", "HK"))
+    valid.same_dtype(k=c.k, v=c.v)
+    valid.exclusive(g=c.g, g_gamma=c.g_gamma)
+    valid.floating(g=c.g, g_gamma=c.g_gamma)
+    valid.pools(c, "state")
+    valid.integral(accepted=c.accepted)
+    valid.same_device(c)
+
+
 def prefill(c: Prefill) -> valid.Sizes:
     """The arguments of a prefill into a pool; sizes may be symbolic."""
     sizes = step(c)
@@ -41,4 +52,5 @@ def prefill(c: Prefill) -> valid.Sizes:
 
 eager = valid.once(inputs)
 eager_step = valid.once(step, pools=("state",))
+eager_advance = valid.once(advance, pools=("state",))
 eager_prefill = valid.once(prefill, pools=("state",))

@@ -13,7 +13,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 import fla_ops
 from tests import numerics
-from tests.cases import COMBINATION, EXPORT, INDUCTOR, Case, Inputs, cases, tensors
+from tests.cases import COMBINATION, EXPORT, INDUCTOR, Case, Inputs, cases, results, tensors
 from tests.contract.helpers import (
     assert_close,
     assert_same_bits,
@@ -40,8 +40,7 @@ def compiled(case: Case, **options: Any) -> Callable[[Inputs], tuple[Any, ...]]:
 
     def layer(given: Inputs) -> Any:
         computed = {name: given[name] * 1.0 for name in case.trained}
-        outputs = overload(**(given | computed), **constants)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = results(overload(**(given | computed), **constants))
         return tuple(y if y is None else y * 1.0 for y in outputs)
 
     run = torch.compile(layer, fullgraph=True, **options)

@@ -301,3 +301,4 @@ for form in FORMS:
     register_combinations(form)
 register_steps()
 serving.register_prefill()
+serving.register_advance()

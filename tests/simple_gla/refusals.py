@@ -70,4 +70,19 @@ def of_prefill() -> list[Refusal]:
     return [Refusal(*row) for row in rows]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step(), *of_prefill()]
+def of_advance() -> list[Refusal]:
+    """What an advance refuses."""
+    pool = by_id("simple_gla_advance_")["pool-with-padding"]
+    larger = r"state must be \[N, H, K, V\] \(without slots\) = \(4, 6, 10, 7\), got \(9, 6, 10, 7\)"
+    rows: list[Row] = [
+        ("both-decays", pool, {"g_gamma": torch.zeros(6)}, ValueError, BOTH_DECAYS),
+        ("pool-larger-than-N", pool, {"slots": None}, ValueError, larger),
+        *of_slots(pool),
+    ]
+    for reason, count in (("more-than-there-are", 6), ("fewer-than-none", -1)):
+        message = rf"accepted must be in \[0, T\] with T = 5, got {count}"
+        rows.append((reason, pool, {"accepted": torch.tensor([0, 1, count, 2])}, ValueError, message))
+    return [Refusal(*row) for row in rows]
+
+
+REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step(), *of_prefill(), *of_advance()]

@@ -1,4 +1,4 @@
-"""Cases of simple_gla's operators for servers: prefill into a pool."""
+"""Cases of simple_gla's operators for servers: prefill into a pool, steps that are taken back or not."""
 
 from __future__ import annotations
 
@@ -151,3 +151,78 @@ def register_prefill() -> None:
             flags["scale"] = 0.3
         sizes = TINY_PACK if "cu_seqlens" in given else TINY_BATCH
         register(prefill_case("+".join(given) or "bare", given, sizes, (COMBINATION,), **flags))
+
+
+COUNTS = (2, 0, 4, 3, 1, 2, 5)  # of the first N sequences, and never more than there are
+DRAFTS = SIZES | {"N": 4, "T": 5}
+TINY_DRAFTS = TINY | {"N": 3, "T": 4}
+
+
+def advance_inputs(
+    draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), pool: torch.dtype | None = None, **arguments: Any
+) -> Inputs:
+    """The arguments of an advance."""
+    n, time = sizes["N"], sizes["T"]
+    built, _ = activations(draw, {**sizes, "B": n}, given)
+    del built["q"]
+    rows = sizes["P"] if "slots" in given else n
+    built["state"] = pool_of(draw, sizes, rows, pool, arguments.get("state_v_first", False))
+    built["accepted"] = draw.integers([min(count, time) for count in COUNTS[:n]])
+    if "slots" in given:
+        built["slots"] = draw.integers(SLOTS[:n])
+    return changed(built, arguments)
+
+
+def reference_advance(
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    accepted: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    slots: Tensor | None = None,
+    state_v_first: bool = False,
+) -> tuple[Tensor]:
+    """The pool after the recurrence of each sequence over its accepted steps."""
+    pool = state.clone()
+    for n, (row, steps) in enumerate(zip(range(len(k)) if slots is None else slots.tolist(), accepted, strict=True)):
+        if row >= 0 and steps > 0:
+            part = [None if x is None else x[n : n + 1, :steps] for x in (k, k, v, g)]
+            _, final = reference.recurrent(*part, g_gamma, None, state[row : row + 1], state_v_first=state_v_first)
+            pool[row] = final[0].to(pool.dtype)
+    return (pool,)
+
+
+def advance_case(
+    reason: str, given: tuple[str, ...], sizes: Mapping[str, Any], tags: tuple[str, ...] = (), **arguments: Any
+) -> Case:
+    """A case of the advance."""
+    return Case(
+        id=reason,
+        operator="simple_gla_advance_",
+        build=partial(advance_inputs, given=given, **arguments),
+        sizes=sizes,
+        reference=reference_advance,
+        outputs=("state",),
+        tags=frozenset(tags),
+    )
+
+
+def register_advance() -> None:
+    """Pools, slots, padding, counts, layouts."""
+    wide = {"N": 2, "T": 3, "P": 9, "HK": 1, "H": 2, "K": 20, "V": 33}
+    register(
+        advance_case("pool-with-padding", ("g", "slots"), DRAFTS, (EXPORT, INDUCTOR, SMALL)),
+        advance_case("constant-decay", ("g_gamma",), DRAFTS, (SMALL,)),
+        advance_case("forgets", ("g",), DRAFTS, g=lambda g: g.fill_(float("-inf"))),
+        advance_case("bfloat16-pool", ("g", "slots"), DRAFTS, pool=torch.bfloat16),
+        advance_case("float16-pool", ("g", "slots"), DRAFTS, (SMALL,), pool=torch.float16),
+        advance_case("value-first-bfloat16-pool", ("g", "slots"), DRAFTS, state_v_first=True, pool=torch.bfloat16),
+        advance_case("not-contiguous", ("g",), DRAFTS, **dict.fromkeys(("k", "v", "g", "state", "accepted"), strided)),
+        advance_case("widths-past-a-tile", ("g", "slots"), wide, (SMALL,)),
+        advance_case("value-first-widths-past-a-tile", ("g", "slots"), wide, (SMALL,), state_v_first=True),
+        advance_case("int32", ("slots",), DRAFTS, slots=Tensor.int, accepted=Tensor.int),
+    )
+    for i, given in enumerate(subsets_of(("g", "g_gamma", "slots"), exclusive=[("g", "g_gamma")])):
+        flags: dict[str, Any] = {"state_v_first": True} if i % 2 else {}
+        register(advance_case("+".join(given) or "bare", given, TINY_DRAFTS, (COMBINATION,), **flags))

@@ -1,4 +1,4 @@
-"""simple_gla for servers: prefill into a pool, equal to the forms bit for bit, in place, compiled without a copy."""
+"""simple_gla for servers: equal to the forms and to decode steps bit for bit, in place, compiled without a copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fla_ops
 from tests import numerics
-from tests.cases import cases
+from tests.cases import cases, results
 
 P, HK, H, K, V = 9, 3, 6, 10, 7
 OFFSETS = (0, 70, 71, 71, 100, 230)  # ragged, one token, empty, ragged, more than two chunks
@@ -107,7 +107,64 @@ def test_a_prompt_in_pieces() -> None:
     assert torch.equal(pool[1:], final)
 
 
-IN_PLACE = [case for case in cases() if case.operator == "simple_gla_prefill_" and case.id.startswith("packed-with")]
+def drafts() -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and g of four sequences with six drafted tokens each."""
+    return draw(4, 6, HK, K, seed=1) * K**-0.5, draw(4, 6, H, V, seed=2), -draw(4, 6, H, seed=3).abs()
+
+
+@pytest.mark.parametrize("value_first", [False, True], ids=["key-first", "value-first"])
+@pytest.mark.parametrize("decay", ["g", "g_gamma", "none"])
+def test_advancing_is_as_many_decode_steps(decay: str, value_first: bool) -> None:
+    """Bit for bit in a float32 pool, whose other rows stay; so are the recurrent form's final states."""
+    k, v, g = drafts()
+    gate: dict[str, Tensor] = {"g": {"g": g}, "g_gamma": {"g_gamma": g[0, 0]}, "none": {}}[decay]
+    pool = draw(P, H, *((V, K) if value_first else (K, V)))
+    stepped, before = pool.clone(), pool.clone()
+    accepted = (6, 0, 3, 5)
+    slots = torch.tensor([7, 0, -1, 3])
+    fla_ops.simple_gla_advance_(k, v, pool, torch.tensor(accepted), slots=slots, state_v_first=value_first, **gate)
+    for t in range(6):
+        now = gate | {name: x[:, t] for name, x in gate.items() if name == "g"}
+        live = torch.where(torch.tensor(accepted) > t, slots, -1)
+        fla_ops.simple_gla_step_(k[:, t], k[:, t], v[:, t], stepped, slots=live, state_v_first=value_first, **now)
+    assert torch.equal(pool, stepped)
+    for n, row in ((0, 7), (3, 3)):
+        taken = slice(n, n + 1), slice(accepted[n])
+        now = gate | {name: x[taken] for name, x in gate.items() if name == "g"}
+        options = {"initial_state": before[row : row + 1], "state_v_first": value_first, "output_final_state": True}
+        _, final = fla_ops.fused_recurrent_simple_gla(k[taken], k[taken], v[taken], **now, **options)
+        assert torch.equal(pool[row], final[0])
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_advancing_rounds_a_half_precision_pool_once(pool_dtype: torch.dtype) -> None:
+    k, v, g = drafts()
+    half = draw(4, H, K, V, dtype=pool_dtype)
+    wide, accepted = half.float(), torch.tensor([6, 1, 3, 0])
+    fla_ops.simple_gla_advance_(k, v, half, accepted, g)
+    fla_ops.simple_gla_advance_(k, v, wide, accepted, g)
+    assert torch.equal(half, wide.to(pool_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernel", "aten"])
+def test_rejected_tokens_are_not_read(dtype: torch.dtype) -> None:
+    k, v, g = (x.to(dtype) for x in drafts())
+    accepted = torch.tensor([2, 0, 6, 1])
+    rejected = torch.arange(6) >= accepted[:, None]
+    k, v, g = (x.masked_fill(rejected.reshape(4, 6, *[1] * (x.dim() - 2)), torch.nan) for x in (k, v, g))
+    pool = draw(4, H, K, V).to(dtype)
+    before = pool.clone()
+    fla_ops.simple_gla_advance_(k, v, pool, accepted, g)
+    assert not pool.isnan().any()
+    assert torch.equal(pool[1], before[1])
+
+
+IN_PLACE = [
+    case
+    for case in cases()
+    if (case.operator, case.id)
+    in (("simple_gla_prefill_", "packed-with-empty-and-one-step"), ("simple_gla_advance_", "pool-with-padding"))
+]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -118,13 +175,13 @@ def test_compiled_calls_update_in_place_without_a_copy(case: Any) -> None:
     pool = inputs.pop("state")
 
     def layer(cache: Tensor) -> Any:
-        return case.overload(**inputs, state=cache[1]) + 1
+        return tuple(x + 1 for x in results(case.overload(**inputs, state=cache[1])))
 
     cache = torch.stack([pool, pool])
     with torch.no_grad():
-        o, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), cache)
-    assert torch.equal(o - 1, expected[0] + 1 - 1)
-    assert torch.equal(cache[1], expected[1])
+        outputs, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), cache)
+    for found, y in zip((*outputs, cache[1]), (*(x + 1 for x in expected[:-1]), expected[-1]), strict=True):
+        assert torch.equal(found, y)
     assert torch.equal(cache[0], pool)
     copies = re.findall(r"\w*(?:clone|copy|auto_functionalized)\w*\(", code[code.index("def call(") :])
     assert not copies, f"the pool is copied by {copies}"

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fla_ops.common.cpu import slots
 from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights, whole
-from fla_ops.common.cpu.sequences import for_rows, one_by_one
-from fla_ops.validation import cu_seqlens_values_async, state_dtype
+from fla_ops.common.cpu.sequences import for_rows, is_traced, one_by_one
+from fla_ops.validation import cu_seqlens_values_async, state_dtype, step_counts
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs, Prefill, Step, Weighted, WeightsNeed
+from ..call import Advance, Call, Gradients, Need, Outputs, Prefill, Step, Weighted, WeightsNeed
 
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 
@@ -86,6 +86,22 @@ def step(c: Step) -> Tensor:
     o = (query * c.factor * state).sum(-2).flatten(1, 2).to(c.v.dtype)
     slots.write_(c.pool, c.slots, held, state.flatten(1, 2))
     return slots.only_with_slots(o, c.slots)
+
+
+def advance(c: Advance) -> None:
+    """The first `accepted` steps of each sequence, into its row of the pool: the others have no key, value or decay."""
+    time = c.k.shape[1]
+    if is_traced(c.k):
+        torch._assert_async(((c.accepted >= 0) & (c.accepted <= time)).all(), "accepted must be in [0, T]")
+    else:
+        step_counts(c.accepted, time)
+    held = slots.read(c.pool, c.slots)
+    taken = (torch.arange(time, device=c.k.device) < c.accepted[:, None])[..., None]  # [N, T, 1]
+    k, v = (torch.where(taken[..., None], x, 0) for x in (c.k, c.v))
+    g = c.g if c.g_gamma is None else c.g_gamma.expand(c.v.shape[:3])
+    g = None if g is None else torch.where(taken, g, 0)
+    _, final = forward(Call(k, k, v, g, initial_state=held, output_final_state=True))
+    slots.write_(c.pool, c.slots, held, torch.where(for_rows(c.accepted > 0, final), final, held.to(final.dtype)))
 
 
 def prefill(c: Prefill) -> Tensor:
