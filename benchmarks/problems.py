@@ -248,6 +248,7 @@ UNTIMED = {
     "lightning_decay": "a few numbers per layer, computed once",
     "simple_gla_advance_": "the decode step without its outputs",
     "simple_gla_prefill_": "the chunk forms' kernels, from rows of a pool to the same rows",
+    "simple_gla_states": "the chunk forms' kernels, with some states more",
 }
 
 

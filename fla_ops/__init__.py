@@ -32,6 +32,7 @@ from fla_ops.simple_gla.api import (
     simple_gla,
     simple_gla_advance_,
     simple_gla_prefill_,
+    simple_gla_states,
     simple_gla_step_,
 )
 
@@ -77,6 +78,7 @@ __all__ = [
     "simple_gla",
     "simple_gla_advance_",
     "simple_gla_prefill_",
+    "simple_gla_states",
     "simple_gla_step_",
 ]
 

@@ -54,6 +54,12 @@ def _step_flops(c: Any) -> int:
     return int(sequences * heads * 5 * c.q[2] * value)
 
 
+def _record_flops(c: Any) -> int:
+    """The state's update in each chunk, and the outputs of the chunk form where there are queries."""
+    batch, time, heads, value = c.v
+    return int(batch * time * heads * 2 * c.k[3] * value) if c.q is None else _chunk_flops(c)
+
+
 def _advance_flops(c: Any) -> int:
     """Decay and outer product at each step, if all are taken."""
     sequences, time, heads, value = c.v
@@ -120,6 +126,14 @@ register(
     flops=_step_flops,
     inline={"cpu": "fla_ops.simple_gla.cpu.aten:step"},
     tags=(),
+)
+register(
+    call.RECORD,
+    cpu="fla_ops.simple_gla.cpu.cpp:record",
+    cuda="fla_ops.simple_gla.gpu.chunk:record",
+    fake=fake.record,
+    flops=_record_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:record"},
 )
 register(
     call.ADVANCE,

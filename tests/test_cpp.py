@@ -34,6 +34,7 @@ SERVED = (
     "simple_gla_step_",
     "simple_gla_prefill_",
     "simple_gla_advance_",
+    "simple_gla_states",
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",

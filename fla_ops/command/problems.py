@@ -72,6 +72,11 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
         k, v, g = k * taken[..., None], v * taken[..., None], g * taken
         return (simple_gla.recurrent(k, k, v, g, initial_state=state)[1],)
 
+    def states(initial_state: Tensor, **x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        first = {name: value[:, :64] for name, value in x.items()}
+        o, final = simple_gla.recurrent(**x, initial_state=initial_state)
+        return o, simple_gla.recurrent(**first, initial_state=initial_state)[1], final
+
     q, k, v, g = normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -uniform(B, T, H)
     activations, state = {"q": q, "k": k, "v": v, "g": g}, normal(B, H, K, V)
     forms = ("simple_gla", "chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
@@ -83,6 +88,7 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
         *(Problem(form, given, simple_gla.recurrent, flags) for form in forms),
         Problem("parallel_simple_gla", activations, lambda **x: simple_gla.parallel(**x)[0]),
         Problem("simple_gla_step_", first, step, updated=("state",), trained=False),
+        Problem("simple_gla_states", given, states, trained=False),
         Problem("simple_gla_advance_", drafted, advance, updated=("state",), trained=False),
         Problem("simple_gla_prefill_", pooled, prefill, updated=("state",), trained=False),
     ]

@@ -206,6 +206,43 @@ def simple_gla_step_(
 
 
 @public
+def simple_gla_states(
+    k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, initial_state: Tensor | None = None,
+    every: int = 64, q: Tensor | None = None, scale: float | None = None, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The states of each sequence after every few steps, for caches of prefixes; the outputs too where q is given. It
+    has no gradient.
+
+    Equal, bit for bit, to the final states of chunk_simple_gla over so many steps. A run of it that starts from one of
+    them, with the same chunk_size, equals one that did not stop, bit for bit.
+
+    Args:
+        k, v, g, g_gamma, initial_state, scale, state_v_first, cu_seqlens, cu_seqlens_cpu: as
+            `help(fla_ops.simple_gla)` says.
+        every: steps from one state that is kept to the next, counted from each sequence's start; a multiple of
+            chunk_size.
+        q: [B, T, HK, K]; None means that no outputs are wanted.
+        chunk_size: as in chunk_simple_gla.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, or None without q.
+        states [C, H, K, V] in float32 (float64 for float64 inputs), C = B * (T // every). The states of one sequence
+            follow those of the one before; a sequence of L steps has L // every. Packed sequences may have fewer in all
+            than C: rows past the last are zeros.
+        final_state [N, H, K, V], likewise. With state_v_first=True both are [..., V, K].
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o, states, final_state = torch.ops.fla.simple_gla_states(
+        k, v, g, g_gamma, initial_state, every, q, scale, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o, states, final_state
+
+
+@public
 def simple_gla_advance_(
     k: Tensor, v: Tensor, state: Tensor, accepted: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
     slots: Tensor | None = None, state_v_first: bool = False,

@@ -21,9 +21,11 @@ AXES = {
     "initial_state": "N H K V",
     "o": "B T H V",
     "final_state": "N H K V",
+    "states": "C H K V",
     "attn": "B H T T",
 }
-STATE_V_FIRST = AXES | {"initial_state": "N H V K (state_v_first=True)", "final_state": "N H V K"}
+STATE_V_FIRST_AXES = {"initial_state": "N H V K (state_v_first=True)", "final_state": "N H V K"}
+STATE_V_FIRST = AXES | STATE_V_FIRST_AXES
 STEP_AXES = {
     "q": "N HK K",
     "v": "N H V",
@@ -34,6 +36,20 @@ STEP_AXES = {
     "slots": "N",
     "o": "N H V",
 }
+RECORD_AXES = {
+    "k": "B T HK K",
+    "v": "B T H V",
+    "q": "B T HK K",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "initial_state": "N H K V",
+    "g": "B T H",
+    "g_gamma": "H",
+    "o": "B T H V",
+    "states": "C H K V",
+    "final_state": "N H K V",
+}
+RECORD_V_FIRST = RECORD_AXES | STATE_V_FIRST_AXES | {"states": "C H V K"}
 ADVANCE_AXES = {
     "k": "N T HK K",
     "v": "N T H V",
@@ -150,6 +166,38 @@ class Step(NamedTuple):
         return scale_or_default(self.scale, self.q)
 
 
+class Record(NamedTuple):
+    """Sequences whose states are wanted after every few steps."""
+
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    initial_state: Tensor | None = None
+    every: int = 64
+    q: Tensor | None = None
+    scale: float | None = None
+    state_v_first: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return RECORD_V_FIRST if self.state_v_first else RECORD_AXES
+
+    @property
+    def rows(self) -> Size:
+        """C, how many states there are; for packed sequences, how many there may be at most."""
+        return self.k.shape[0] * (self.k.shape[1] // self.every)
+
+    def call(self) -> Call:
+        """The form's call; without queries, keys stand for them."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        return Call(**shared | {"q": self.k if self.q is None else self.q}, output_final_state=True)
+
+
 class Advance(NamedTuple):
     """Some of the steps that were drafted for each sequence, taken into its row of a pool."""
 
@@ -223,6 +271,14 @@ class Outputs(NamedTuple):
         return Outputs(self.o.flip(1), flipped(self.final_state, 0) if packed else self.final_state)
 
 
+class Recorded(NamedTuple):
+    """Outputs where there are queries, the states after every few steps, and after the last one."""
+
+    o: Tensor | None
+    states: Tensor
+    final_state: Tensor
+
+
 class Weighted(NamedTuple):
     """What the quadratic form returns."""
 
@@ -270,6 +326,7 @@ PARALLEL = Signature(
     without=("initial_state", "output_final_state", "reverse", "state_v_first", "chunk_size", "mode"),
 )
 STEP = Signature("simple_gla_step_", Step, "Tensor")
+RECORD = Signature("simple_gla_states", Record, Recorded)
 ADVANCE = Signature("simple_gla_advance_", Advance, "()")
 PREFILL = Signature("simple_gla_prefill_", Prefill, "Tensor")
 DISPATCHER = Signature("simple_gla", Call, Outputs, without=("output_attentions",), last=("reverse", "mode"))

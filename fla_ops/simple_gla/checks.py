@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from fla_ops import validation as valid
 
-from .call import Advance, Call, Prefill, Step
+from .call import Advance, Call, Prefill, Record, Step
 
 GROUPED = ("v", "H", "q and k", "HK")  # each query/key head serves H // HK value heads
 
@@ -31,6 +33,21 @@ def step(c: Step | Prefill) -> valid.Sizes:
     return sizes
 
 
+def record(c: Record) -> valid.Sizes:
+    """The arguments of a walk that keeps states; sizes may be symbolic."""
+    sizes = valid.axes(c, grouped=GROUPED)
+    valid.same_dtype(k=c.k, v=c.v, **({} if c.q is None else {"q": c.q}))
+    valid.exclusive(g=c.g, g_gamma=c.g_gamma)
+    valid.floating(g=c.g, g_gamma=c.g_gamma, initial_state=c.initial_state)
+    valid.same_device(c)
+    valid.chunk_size(c.chunk_size)
+    torch._check_value(
+        c.every > 0 and c.every % c.chunk_size == 0,
+        lambda: f"every must be a multiple of chunk_size = {c.chunk_size}, got {c.every}",
+    )
+    return sizes
+
+
 def advance(c: Advance) -> None:
     """The arguments of the steps that are taken; sizes may be symbolic."""
     valid.axes(c, grouped=("v", "H", "k", "HK"))
@@ -52,5 +69,6 @@ def prefill(c: Prefill) -> valid.Sizes:
 
 eager = valid.once(inputs)
 eager_step = valid.once(step, pools=("state",))
+eager_record = valid.once(record)
 eager_advance = valid.once(advance, pools=("state",))
 eager_prefill = valid.once(prefill, pools=("state",))

@@ -85,6 +85,9 @@ def test_a_sequence_alone_or_in_a_pack(case: Case, device: str, dtype: torch.dty
             if row < 0:  # padding has no row
                 continue
             spans["P"] = slice(row, row + 1)
+        if "every" in inputs:
+            counts = [(b - a) // inputs["every"] for a, b in pairwise(offsets)]
+            spans["C"] = slice(sum(counts[:n]), sum(counts[: n + 1]))
         check_alone(case, inputs, spans, together, arriving)
 
 
@@ -97,4 +100,8 @@ def test_a_sequence_alone_or_in_a_batch(case: Case, device: str, dtype: torch.dt
     arriving = cotangents(detached(evaluate(case, inputs, wanted=())))
     together = evaluate(case, inputs, arriving=arriving)
     for n in range(case.sizes["B" if "B" in case.sizes else "N"]):
-        check_alone(case, inputs, {"B": slice(n, n + 1), "N": slice(n, n + 1)}, together, arriving)
+        spans = {"B": slice(n, n + 1), "N": slice(n, n + 1)}
+        if "every" in inputs:
+            count = case.sizes["T"] // inputs["every"]
+            spans["C"] = slice(n * count, (n + 1) * count)
+        check_alone(case, inputs, spans, together, arriving)

@@ -302,3 +302,4 @@ for form in FORMS:
 register_steps()
 serving.register_prefill()
 serving.register_advance()
+serving.register_record()

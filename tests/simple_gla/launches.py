@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fla_ops.simple_gla.call import Advance, Call, Need, Outputs, Prefill, Step, Weighted, WeightsNeed
+from fla_ops.simple_gla.call import Advance, Call, Need, Outputs, Prefill, Record, Step, Weighted, WeightsNeed
 from fla_ops.simple_gla.gpu import advance, chunk, decoding, fused_chunk, fused_recurrent, parallel
 
 SIZES = {"batch": 2, "time": 128, "key_heads": 2, "heads": 4}  # widths decide, and whether a size divides by 16
@@ -71,6 +71,11 @@ def prefill(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     chunk.prefill(Prefill(c.q, c.k, c.v, c.initial_state, c.g, slots=slots, fresh=fresh, chunk_size=CHUNK))
 
 
+def record(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    c = call(dtype, key_width, value_width)
+    chunk.record(Record(c.k, c.v, c.g, initial_state=c.initial_state, q=c.q))
+
+
 def advance_pool(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     c = call(dtype, key_width, value_width)
     accepted, slots = (torch.zeros(len(c.q), dtype=torch.int64) for _ in range(2))
@@ -84,7 +89,7 @@ def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
-    "chunk_state": [chunk_backward, prefill],
+    "chunk_state": [chunk_backward, prefill, record],
     "chunk_output": [chunk_forward, prefill],
     "chunk_backward": [chunk_backward],
     "fused_chunk": [fused_chunk_forward, fused_chunk_backward],

@@ -1,4 +1,4 @@
-"""Cases of simple_gla's operators for servers: prefill into a pool, steps that are taken back or not."""
+"""Cases of simple_gla's operators for servers: prefill into a pool, steps that are taken or not, states on the way."""
 
 from __future__ import annotations
 
@@ -226,3 +226,94 @@ def register_advance() -> None:
     for i, given in enumerate(subsets_of(("g", "g_gamma", "slots"), exclusive=[("g", "g_gamma")])):
         flags: dict[str, Any] = {"state_v_first": True} if i % 2 else {}
         register(advance_case("+".join(given) or "bare", given, TINY_DRAFTS, (COMBINATION,), **flags))
+
+
+LONG = {"B": 2, "T": 37, "C": 4, "HK": 3, "H": 6, "K": 10, "V": 7}
+LONG_PACK = LONG | {"B": 1, "offsets": (0, 0, 1, 33, 33, 85), "C": 5}  # two states, then three
+RECORDED = ("q", "initial_state", "cu_seqlens", "cu_seqlens_cpu")
+
+
+def record_inputs(draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), **arguments: Any) -> Inputs:
+    """The arguments of a walk that keeps states."""
+    built, sequences = activations(draw, sizes, given)
+    if "q" not in given:
+        del built["q"]
+    if "initial_state" in given:
+        built["initial_state"] = pool_of(draw, sizes, sequences, None, arguments.get("state_v_first", False))
+    return changed(built, arguments)
+
+
+def reference_record(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    every: int = 64,
+    q: Tensor | None = None,
+    scale: float | None = None,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **_: Any,  # cu_seqlens_cpu and chunk_size do not change the result
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The recurrence of each sequence, stopped after every few steps and resumed."""
+    batch, time = k.shape[:2]
+    o, finals, kept = torch.zeros_like(v), [], []
+    for n, _, steps in sequences_of(k, None, cu_seqlens):
+        part = [None if x is None else x[steps] for x in (k if q is None else q, k, v, g)]
+        state = None if initial_state is None else initial_state[n : n + 1]
+        length = part[1].shape[1]
+        for first in range(0, max(length, 1), every):
+            now = [None if x is None else x[:, first : first + every] for x in part]
+            outputs, state = reference.recurrent(*now, g_gamma, scale, state, state_v_first=state_v_first)
+            o[steps][:, first : first + every] = outputs
+            kept += [state] * (first + every <= length)
+        finals.append(state)
+    missing = batch * (time // every) - len(kept)
+    states = torch.cat([*kept, finals[0].new_zeros(missing, *finals[0].shape[1:])])
+    return None if q is None else o, states, torch.cat(finals)
+
+
+def record_case(
+    reason: str, given: tuple[str, ...], sizes: Mapping[str, Any], tags: tuple[str, ...] = (), **arguments: Any
+) -> Case:
+    """A case of the states. Chunks have 16 steps, and so have the stretches, unless the case is about that."""
+    arguments = {"chunk_size": 16, "every": 16} | arguments
+    return Case(
+        id=reason,
+        operator="simple_gla_states",
+        build=partial(record_inputs, given=given, **arguments),
+        sizes=sizes,
+        reference=reference_record,
+        outputs=("o", "states", "final_state"),
+        tags=frozenset(tags),
+    )
+
+
+def register_record() -> None:
+    """Lengths, layouts, with and without outputs."""
+    full = ("q", "g", "initial_state")
+    wide = {"B": 1, "T": 35, "C": 2, "HK": 1, "H": 2, "K": 20, "V": 33}
+    strided_inputs = dict.fromkeys(("q", "k", "v", "g", "initial_state"), strided)
+    register(
+        record_case("ragged-tail", full, LONG, (EXPORT, INDUCTOR, SMALL), scale=0.3),
+        record_case("whole-stretches", full, LONG | {"T": 32}),
+        record_case("several-chunks-each", full, LONG | {"T": 70}, every=32),
+        record_case("no-outputs", ("g", "initial_state"), LONG, (SMALL,)),
+        record_case("no-steps", full, LONG | {"T": 0, "C": 0}),
+        record_case("fewer-steps-than-one-state", full, LONG | {"T": 15, "C": 0}),
+        record_case("packed-with-empty-and-one-step", (*full, "cu_seqlens"), LONG_PACK, (INDUCTOR, SMALL)),
+        record_case("packed-int32", ("q", "g_gamma", "cu_seqlens", "cu_seqlens_cpu"), LONG_PACK, cu_seqlens=Tensor.int),
+        record_case("packed-value-first", (*full, "cu_seqlens"), LONG_PACK, (SMALL,), state_v_first=True),
+        record_case("value-first", full, LONG, state_v_first=True),
+        record_case("not-contiguous", full, LONG, **strided_inputs),
+        record_case("widths-past-a-tile", full, wide, (SMALL,)),
+        record_case("default-stretch", ("g",), LONG | {"T": 130}, chunk_size=64, every=64),
+    )
+    tiny = {"B": 2, "T": 18, "C": 2, "HK": 3, "H": 6, "K": 9, "V": 5}
+    optional = ("g", "g_gamma", *RECORDED)
+    legal = subsets_of(optional, exclusive=[("g", "g_gamma")], needs={"cu_seqlens_cpu": "cu_seqlens"})
+    for i, given in enumerate(legal):
+        flags: dict[str, Any] = {"state_v_first": True} if i % 2 else {}
+        sizes = tiny | {"B": 1, "offsets": (0, 17, 17, 20), "C": 1} if "cu_seqlens" in given else tiny
+        register(record_case("+".join(given) or "bare", given, sizes, (COMBINATION,), **flags))

@@ -159,6 +159,35 @@ def test_rejected_tokens_are_not_read(dtype: torch.dtype) -> None:
     assert torch.equal(pool[1], before[1])
 
 
+@pytest.mark.parametrize("value_first", [False, True], ids=["key-first", "value-first"])
+@pytest.mark.parametrize("threads", [1, 64], ids=["walks", "chunks"])
+def test_states_are_where_a_run_may_resume(threads: int, value_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in every sequence of a pack; and the outputs are those of the chunk form."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = pack()
+    initial = draw(len(SLOTS), H, *((V, K) if value_first else (K, V)))
+    options: dict[str, Any] = {"state_v_first": value_first, "output_final_state": True}
+    o, states, final = fla_ops.simple_gla_states(**x, initial_state=initial, state_v_first=value_first)
+    expected, last = fla_ops.chunk_simple_gla(**x, initial_state=initial, **options)
+    assert o is not None
+    assert torch.equal(o, expected)
+    assert torch.equal(final, last)
+    bare = {name: y for name, y in x.items() if name != "q"}
+    nothing, alone, _ = fla_ops.simple_gla_states(**bare, initial_state=initial, state_v_first=value_first)
+    assert nothing is None
+    assert torch.equal(alone, states)
+    row = 0
+    for n, (start, end) in enumerate(pairwise(OFFSETS)):
+        for cut in range(start + 64, end + 1, 64):
+            rest = [x[name][:, cut:end] for name in ("q", "k", "v", "g")]
+            resumed, after = fla_ops.chunk_simple_gla(*rest, initial_state=states[row : row + 1], **options)
+            assert torch.equal(resumed, o[:, cut:end])
+            assert torch.equal(after, final[n : n + 1])
+            row += 1
+    assert row == 3
+    assert not states[row:].any()
+
+
 IN_PLACE = [
     case
     for case in cases()

@@ -15,7 +15,7 @@ from fla_ops import validation as valid
 from fla_ops.common.cpu import build
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs, Prefill
+from ..call import Call, Gradients, Need, Outputs, Prefill, Record, Recorded
 from . import aten
 
 SOURCE = "simple_gla/cpu/chunk.cpp"
@@ -83,6 +83,24 @@ def prefill(c: Prefill) -> Tensor:
     return o
 
 
+def record(c: Record) -> Recorded:
+    """The same with the states after every few steps, without outputs where there are no queries."""
+    checks.eager_record(c)
+    library = build.library(SOURCE, c.v)
+    if library is None:
+        return aten.record(c)
+    call, o = c.call(), None
+    if c.q is not None:
+        o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
+    kept = c.v.new_zeros((c.rows, *call.state_shape[1:]), dtype=torch.float32)
+    final = kept.new_zeros(call.state_shape) if c.initial_state is None else kept.new_empty(call.state_shape)
+    if c.initial_state is not None:
+        final.copy_(c.initial_state)
+    by_key = [x.mT if c.state_v_first else x for x in (kept, final)]
+    _run(library, call, _walks(call), o, states(by_key[1]), kept=by_key[0], every=c.every)
+    return Recorded(o, kept, final)
+
+
 def _walks(c: Any) -> bool:
     """Whether the fused form, which gives the same bits, has work for all threads."""
     return int(c.sequences) * c.k.shape[2] >= 2 * torch.get_num_threads()
@@ -128,11 +146,14 @@ def _run(
     library: ctypes.CDLL,
     c: Call,
     fused: bool,
-    o: Tensor,
+    o: Tensor | None,
     state: States,
     *gradients: Any,
+    kept: Tensor | None = None,
+    every: int = 0,
 ) -> None:
-    """One call of chunk.cpp; the gradients are those of the state, of q, k, v and g.
+    """One call of chunk.cpp; the gradients are those of the state, of q, k, v and g. `kept` [C, H, K, V] receives the
+    state after every so many steps.
 
     C++ gets raw addresses, so each temporary needs a name that keeps it alive.
     """
@@ -142,10 +163,11 @@ def _run(
     batch, time, key_heads, width = c.q.shape
     arguments = Arguments(
         *(batch, time, c.sequences, key_heads, c.v.shape[2], width, c.v.shape[3]),
-        *(min(c.chunk_size, CHUNK), 0, fused, c.reverse, build.threads(c.v.numel() * width)),
+        *(min(c.chunk_size, CHUNK), every, fused, c.reverse, build.threads(c.v.numel() * width)),
         c.factor,
         *(build.address(x) for x in (offsets, g, g_gamma)),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv, None)),
+        *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv)),
+        build.steps(None if kept is None else kept.transpose(1, 2)),
         *(state, dstate, build.address(dg)),
     )
     library.chunk_space.restype = ctypes.c_int64

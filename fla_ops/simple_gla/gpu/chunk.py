@@ -20,12 +20,12 @@ from fla_ops.common.gpu.decay import block_decay, gate
 from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 
 from .. import checks
-from ..call import Call, Outputs, Prefill
+from ..call import Call, Outputs, Prefill, Record, Recorded
 from .chunk_backward import backward
 from .chunk_states import Ends, chunk_states, ends_of
 from .pools import instead, slot_of
 
-__all__ = ["backward", "forward", "prefill"]
+__all__ = ["backward", "forward", "prefill", "record"]
 
 
 @triton.jit(do_not_specialize=["T", "N", "P"])
@@ -87,15 +87,32 @@ def prefill(c: Prefill):
     return _outputs(c.call(), ends_of(c))
 
 
-def _outputs(c: Call, ends: Ends) -> Tensor:
-    """o, from states to states that are left where `ends` says; all tensors are contiguous but a pool."""
+def record(c: Record):
+    """o where there are queries, and in float32 the states after every few steps and the final ones."""
+    checks.eager_record(c)
+    refuse_float64(c.k)
+    check_offsets(c)
+    call = contiguous(c.call())
+    final = final_state(call)
+    fill = torch.empty if c.cu_seqlens is None else torch.zeros  # packed sequences may leave rows unused
+    kept = fill((c.rows, *call.state_shape[1:]), dtype=torch.float32, device=c.v.device)
+    o = _outputs(call, Ends(call.initial_state, final, kept, c.every), read=c.q is not None)
+    return Recorded(o, kept, final)
+
+
+def _outputs(c: Call, ends: Ends, read: bool = True) -> Tensor | None:
+    """o, if it is to be read, from states to states that are left where `ends` says; all tensors are contiguous but a
+    pool.
+    """
     q, k, v, cu_seqlens = c.q, c.k, c.v, c.cu_seqlens
     batch, time, key_heads, key_width = q.shape
     heads, value_width = v.shape[2:]
     decay = gate(c)
     entry = launch.entry("chunk_output", q, key_width, value_width)
     index = chunk_index.build(batch, time, cu_seqlens, min(c.chunk_size, entry["BT"]))
-    states = chunk_states(index, c, k, v, ends)
+    states = chunk_states(index, c, k, v, ends, keep=read)
+    if not read:
+        return None
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(

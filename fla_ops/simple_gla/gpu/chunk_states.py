@@ -26,6 +26,7 @@ from .pools import pool_tile, slot_of
 def chunk_state_kernel(
     k, v, g,                    # [B, T, HK, K], [B, T, H, V], [B, T, H] or [H]; REVERSE: q and do for k and v
     initial, states, final,     # [N, H, K, V], [rows, H, K, V], [N, H, K, V]; TRANSPOSED: first and last [N, H, V, K]
+    recorded, recorded_ends,    # [C, H, K, V] or TRANSPOSED, [N]: the states after every EVERY steps, running counts
     pool, slots, fresh,         # [P, H, K, V], [N], [N]; given, the pool's rows are the initial and final states
     stride_p, stride_h, stride_k, stride_v,     # of pool
     cu_seqlens, chunk_ends,     # [N + 1], [N]
@@ -33,6 +34,7 @@ def chunk_state_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EVERY: tl.constexpr,
 ):
     """One program carries one [BK, BV] tile of one head's state along one sequence."""
     VALUE_BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -72,6 +74,16 @@ def chunk_state_kernel(
         if DECAY != "none" or REVERSE:
             values = nearest(values * (scale * leave)[:, None], values.dtype)
         state = decayed(state, log_total, DECAY) + dot(tl.trans(keys), values, PRECISION)
+        if recorded is not None:
+            after = (i + 1) * BT
+            if (after % EVERY == 0) & (after <= length):
+                first_recorded = n * (T // EVERY)
+                if recorded_ends is not None:
+                    first_recorded = tl.load(recorded_ends + n - 1, mask=n > 0, other=0)
+                at_recorded, there = state_tile(
+                    (first_recorded + after // EVERY - 1) * H + head, key, value, K, V, BK, BV, TRANSPOSED
+                )
+                tl.store(recorded + at_recorded, state, mask=there)
     if final is not None:
         tl.store(final + at, nearest(state, final.dtype.element_ty), mask=inside)
     if pool is not None:
@@ -83,6 +95,8 @@ class Ends(NamedTuple):
 
     initial: Tensor | None = None  # [N, H, K, V], or [N, H, V, K] with state_v_first
     final: Tensor | None = None  # as initial, to be filled
+    recorded: Tensor | None = None  # [C, H, K, V] or [C, H, V, K], to be filled: states after every `every` steps
+    every: int = 1
     pool: Tensor | None = None  # [P, H, K, V] with any strides
     slots: Tensor | None = None  # [N]
     fresh: Tensor | None = None  # [N]
@@ -93,7 +107,7 @@ class Ends(NamedTuple):
 def ends_of(c: Prefill) -> Ends:
     """Rows of the call's pool."""
     fresh = None if c.fresh is None else c.fresh.view(torch.uint8)
-    return Ends(None, None, c.pool, c.slots, fresh, c.pool.stride(), c.pool.shape[0])
+    return Ends(pool=c.pool, slots=c.slots, fresh=fresh, strides=c.pool.stride(), rows=c.pool.shape[0])
 
 
 def chunk_states(
@@ -116,15 +130,18 @@ def chunk_states(
     heads, value_width = v.shape[2:]
     dtype = torch.float32 if k.dtype is torch.float16 else k.dtype
     states = torch.empty(index.rows, heads, key_width, value_width, dtype=dtype, device=k.device) if keep else None
+    packed = ends.recorded is not None and c.cu_seqlens is not None
+    recorded_ends = torch.cumsum(c.cu_seqlens.diff() // ends.every, 0) if packed else None
     entry = launch.entry("chunk_state", k, key_width, value_width)
     key_block, value_block = launch.block(entry["BK"], key_width), launch.block(entry["BV"], value_width)
     launch.run(
         chunk_state_kernel,
         c.sequences * heads * triton.cdiv(key_width, key_block) * triton.cdiv(value_width, value_block),
-        k, v, decay[0], ends.initial, states, ends.final, ends.pool, ends.slots, ends.fresh, *ends.strides,
+        k, v, decay[0], ends.initial, states, ends.final, ends.recorded, recorded_ends,
+        ends.pool, ends.slots, ends.fresh, *ends.strides,
         c.cu_seqlens, index.ends, scale, time, ends.rows,
         H=heads, HK=key_heads, K=key_width, V=value_width, BT=index.size, BK=key_block, BV=value_block,
         DECAY=decay[1], PRECISION=launch.precision(entry), REVERSE=reverse, TRANSPOSED=c.state_v_first,
-        **launch.options(entry),
+        EVERY=ends.every, **launch.options(entry),
     )
     return states
