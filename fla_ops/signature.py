@@ -45,7 +45,7 @@ class Signature:
 
     name      under torch.ops.fla
     call      the NamedTuple of its family
-    outputs   the NamedTuple of its results, or "Tensor" for a single one
+    outputs   the NamedTuple of its results, "Tensor" for a single one, or "()" for none
     without   fields of the call that the operator does not take; they keep their defaults
     last      fields that the schema puts at its end, in this order
     defaults  where the operator's default is not the call's
@@ -99,7 +99,7 @@ class Signature:
 
     def returned(self, results: Any) -> Any:
         """What the operator returns, from what an implementation does: a single result is no tuple."""
-        return results[0] if self.outputs != "Tensor" and len(self.outputs._fields) == 1 else results
+        return results[0] if not isinstance(self.outputs, str) and len(self.outputs._fields) == 1 else results
 
     @property
     def schema(self) -> str:
@@ -115,8 +115,8 @@ class Signature:
     @property
     def returns(self) -> str:
         """The part of the schema after the arrow."""
-        if self.outputs == "Tensor":
-            return "Tensor"
+        if isinstance(self.outputs, str):
+            return self.outputs
         fields = (f"{SCHEMA_TYPES[kind]} {name}" for name, kind in written_types(self.outputs).items())
         return f"({', '.join(fields)})"
 

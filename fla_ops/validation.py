@@ -161,6 +161,15 @@ def floating(**tensors: Tensor | None) -> None:
             )
 
 
+def mask(**tensors: Tensor | None) -> None:
+    """What says yes or no."""
+    for name, x in tensors.items():
+        if x is not None:
+            torch._check_type(
+                x.dtype is torch.bool, lambda name=name, x=x: f"{name} must be bool, got {_names([x.dtype])}"
+            )
+
+
 def same_device(c: Any) -> None:
     """All tensors of a call lie where its first one lies, but for the host's copy of the offsets."""
     device = c[0].device
@@ -177,14 +186,20 @@ def pools(c: Any, *names: str) -> None:
     for name in names:
         x = getattr(c, name)
         torch._check_type(
-            x.dtype in (FLOATS if c.q.dtype is torch.float64 else FLOATS[1:]),
+            x.dtype in (FLOATS if c[0].dtype is torch.float64 else FLOATS[1:]),
             lambda name=name, x=x: f"{name} must be float32, bfloat16 or float16, got {_names([x.dtype])}",
         )
-    if c.slots is not None:
-        torch._check_type(
-            c.slots.dtype in (torch.int32, torch.int64),
-            lambda: f"slots must be int32 or int64, got {_names([c.slots.dtype])}",
-        )
+    integral(slots=c.slots)
+
+
+def integral(**tensors: Tensor | None) -> None:
+    """Slots and counts."""
+    for name, x in tensors.items():
+        if x is not None:
+            torch._check_type(
+                x.dtype in (torch.int32, torch.int64),
+                lambda name=name, x=x: f"{name} must be int32 or int64, got {_names([x.dtype])}",
+            )
 
 
 def overlap(name: str, x: Tensor) -> None:
@@ -279,6 +294,15 @@ def slot_values(slots: Tensor, pool: int) -> list[int]:
             raise ValueError(f"slots must be -1 or in [0, P) with P = {pool}, got {s}")
     if len(set(used)) < len(used):
         raise ValueError(f"slots must differ from each other apart from -1, got {values}")
+    return values
+
+
+def step_counts(accepted: Tensor, time: int) -> list[int]:
+    """How many of T steps each sequence takes, checked in full. For host tensors."""
+    values: list[int] = accepted.tolist()
+    for count in values:
+        if not 0 <= count <= time:
+            raise ValueError(f"accepted must be in [0, T] with T = {time}, got {count}")
     return values
 
 

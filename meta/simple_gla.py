@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fla_ops.simple_gla import checks
-from fla_ops.simple_gla.call import Call, Outputs, Step, Weighted
+from fla_ops.simple_gla.call import Call, Outputs, Prefill, Record, Recorded, Step, Weighted
 from fla_ops.validation import state_dtype
 
 
@@ -25,3 +25,17 @@ def parallel_forward(c: Call) -> Weighted:
 
 def step(c: Step) -> Tensor:
     return c.v.new_empty(checks.step(c).of(c.axes["o"]))
+
+
+def record(c: Record) -> Recorded:
+    sizes, dtype = checks.record(c), state_dtype(c.v)
+    sizes["C"] = c.rows
+    o = None if c.q is None else c.v.new_empty(sizes.of(c.axes["o"]))
+    return Recorded(o, *(c.v.new_empty(sizes.of(c.axes[name]), dtype=dtype) for name in ("states", "final_state")))
+
+
+advance = checks.advance
+
+
+def prefill(c: Prefill) -> Tensor:
+    return c.v.new_empty(checks.prefill(c).of(c.axes["o"]))

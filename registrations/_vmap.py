@@ -55,6 +55,8 @@ def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any
         for name in mutated:
             unfolded = _unfold(folded[name], heads_axis(axes, name), info.batch_size)
             given[name].movedim(dims[name], 0).copy_(unfolded)
+        if results is None:
+            return None, None
         single = isinstance(results, Tensor)
         outputs = tuple(
             None if x is None else _unfold(x, heads_axis(axes, name), info.batch_size)
@@ -86,6 +88,8 @@ def legacy_kernel(rule: Callable[..., Any]) -> Callable[..., Any]:
         mapped = [x is not None and len(x) != NOT_MAPPED for x in apart]
         inputs = [x if on else y for x, y, on in zip(apart, args, mapped, strict=True)]
         outputs, dims = rule(_Info(sizes.pop()), [0 if on else None for on in mapped], *inputs)
+        if outputs is None:
+            return None
         if isinstance(outputs, Tensor):
             return torch._add_batch_dim(outputs, dims, level)
         return tuple(None if x is None else torch._add_batch_dim(x, 0, level) for x in outputs)
@@ -137,6 +141,8 @@ def _one_by_one(op: OpOverload, size: int, in_dims: Sequence[int | None], args: 
     calls = [
         op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(size)
     ]
+    if calls[0] is None:
+        return None, None
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     outputs = tuple(None if x[0] is None else torch.stack(x) for x in zip(*calls, strict=True))

@@ -54,6 +54,18 @@ def _step_flops(c: Any) -> int:
     return int(sequences * heads * 5 * c.q[2] * value)
 
 
+def _record_flops(c: Any) -> int:
+    """The state's update in each chunk, and the outputs of the chunk form where there are queries."""
+    batch, time, heads, value = c.v
+    return int(batch * time * heads * 2 * c.k[3] * value) if c.q is None else _chunk_flops(c)
+
+
+def _advance_flops(c: Any) -> int:
+    """Decay and outer product at each step, if all are taken."""
+    sequences, time, heads, value = c.v
+    return int(sequences * time * heads * 3 * c.k[3] * value)
+
+
 for signature, gradient, form in (
     (call.CHUNK, call.CHUNK_GRADIENT, "chunk"),
     (call.FUSED_CHUNK, call.FUSED_CHUNK_GRADIENT, "fused_chunk"),
@@ -114,5 +126,30 @@ register(
     flops=_step_flops,
     inline={"cpu": "fla_ops.simple_gla.cpu.aten:step"},
     tags=(),
+)
+register(
+    call.RECORD,
+    cpu="fla_ops.simple_gla.cpu.cpp:record",
+    cuda="fla_ops.simple_gla.gpu.chunk:record",
+    fake=fake.record,
+    flops=_record_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:record"},
+)
+register(
+    call.ADVANCE,
+    cpu="fla_ops.simple_gla.cpu.cpp_recurrent:advance",
+    cuda="fla_ops.simple_gla.gpu.advance:advance",
+    fake=fake.advance,
+    flops=_advance_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:advance"},
+    tags=(),
+)
+register(
+    call.PREFILL,
+    cpu="fla_ops.simple_gla.cpu.cpp:prefill",
+    cuda="fla_ops.simple_gla.gpu.chunk:prefill",
+    fake=fake.prefill,
+    flops=_chunk_flops,
+    inline={"cpu": "fla_ops.simple_gla.cpu.aten:prefill"},
 )
 register_composite(call.DISPATCHER, "fla_ops.simple_gla.forms:dispatch")

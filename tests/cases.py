@@ -153,8 +153,7 @@ class Case:
     def call(self, inputs: Inputs) -> tuple[Any, ...]:
         """The operator's outputs as a tuple, followed by the arguments it updated; `inputs` stay as they are."""
         inputs = {name: value.clone() if name in self.mutated else value for name, value in inputs.items()}
-        outputs = self.overload(**inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = results(self.overload(**inputs))
         return (*outputs, *(inputs[name] for name in self.mutated))
 
     def axis(self, name: str, letter: str) -> list[int]:
@@ -207,6 +206,13 @@ def subsets_of(
             lacking = any(a in given and b not in given for a, b in (needs or {}).items())
             if not (both or lacking):
                 yield given
+
+
+def results(outputs: Any) -> tuple[Any, ...]:
+    """What an operator returns, as a tuple: one tensor, several, or nothing."""
+    if outputs is None:
+        return ()
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def strided(x: Tensor) -> Tensor:

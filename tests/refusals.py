@@ -168,6 +168,8 @@ def of_other_dtypes(case: Case, name: str, given: Mapping[str, Tensor]) -> Itera
         other = "float16" if len(shared) > 1 else "int32"
         got = ", ".join(other if field == name else "float32" for field in shared)
         wrong = {other: f"^{', '.join(shared)} must share one of {FLOATS}, got {got}$"}
+    elif given[name].dtype is torch.bool:
+        wrong = {"float32": f"^{name} must be bool, got float32$"}
     elif not given[name].is_floating_point():
         wrong = {"float32": f"^{name} {INTEGRAL}$"}
     elif name in case.mutated:

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 import fla_ops
 from tests import numerics
-from tests.cases import EXPORT, Case, cases
+from tests.cases import EXPORT, Case, cases, results
 from tests.contract.helpers import assert_close, evaluate, export, is_composite, labelled, ours, tensors_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "exporting.md"
@@ -48,7 +48,7 @@ def test_a_program_becomes_aten_calls(case: Case) -> None:
         inputs = other.inputs(seed=1)
         given = {name: x.clone() for name, x in tensors_of(inputs).items()}
         found = program.module()(given)
-        outputs = (*(found if isinstance(found, tuple) else (found,)), *(given[name] for name in case.mutated))
+        outputs = (*results(found), *(given[name] for name in case.mutated))
         assert_close(dict(labelled(case.outputs, outputs)), evaluate(other, inputs, wanted=()))
 
 

@@ -28,7 +28,7 @@ def run(program: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_serving() -> None:
-    prefill, pool, packed, drafted, attention = blocks("serving.md")
+    prefill, pool, packed, prefixes, drafted, attention = blocks("serving.md")
     names: dict[str, Any] = {}
 
     run(prefill, names)
@@ -45,9 +45,16 @@ def test_serving() -> None:
     assert not names["pool"][[1, 3, 4, 6, 7]].any()
 
     run(packed, names)
-    o, state = reference.recurrent(*names["packed"], initial_state=state, cu_seqlens=names["cu_seqlens"])
+    initial = torch.cat([state[:2], torch.zeros_like(state[2:])])
+    o, final = reference.recurrent(*names["packed"], initial_state=initial, cu_seqlens=names["cu_seqlens"])
     close(names["o"], o)
-    close(names["pool"][[5, 0, 2]], state)
+    close(names["pool"][[5, 0, 4]], final)
+    close(names["pool"][2], state[2])
+
+    run(prefixes, names)
+    prompt = [names[f"p{x}"] for x in "qkvg"]
+    for steps, kept in names["cache"].items():
+        close(kept[None], reference.recurrent(*(x[:, :steps] for x in prompt))[1])
 
     before = run(drafted, names)["pool"]
     for row, steps, n in zip((5, 0, 2), (2, 4, 0), range(3), strict=True):

@@ -63,15 +63,34 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
         o, state = simple_gla.recurrent(q, k, v, g, initial_state=state)
         return o[:, 0], state
 
+    def prefill(state: Tensor, slots: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
+        o, final = simple_gla.recurrent(**x, initial_state=state[slots])
+        return o, state.index_copy(0, slots, final)
+
+    def advance(state: Tensor, accepted: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor]:
+        taken = (torch.arange(k.shape[1], device=k.device) < accepted[:, None])[..., None]
+        k, v, g = k * taken[..., None], v * taken[..., None], g * taken
+        return (simple_gla.recurrent(k, k, v, g, initial_state=state)[1],)
+
+    def states(initial_state: Tensor, **x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        first = {name: value[:, :64] for name, value in x.items()}
+        o, final = simple_gla.recurrent(**x, initial_state=initial_state)
+        return o, simple_gla.recurrent(**first, initial_state=initial_state)[1], final
+
     q, k, v, g = normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -uniform(B, T, H)
     activations, state = {"q": q, "k": k, "v": v, "g": g}, normal(B, H, K, V)
     forms = ("simple_gla", "chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
     given, flags = activations | {"initial_state": state}, {"output_final_state": True}
     first = {name: x[:, 0] for name, x in activations.items()} | {"state": state}
+    drafted = {"k": k[:, :5], "v": v[:, :5], "g": g[:, :5], "state": state, "accepted": torch.tensor([2, 5])}
+    pooled = activations | {"state": normal(3, H, K, V), "slots": torch.tensor([2, 0])}
     return [
         *(Problem(form, given, simple_gla.recurrent, flags) for form in forms),
         Problem("parallel_simple_gla", activations, lambda **x: simple_gla.parallel(**x)[0]),
         Problem("simple_gla_step_", first, step, updated=("state",), trained=False),
+        Problem("simple_gla_states", given, states, trained=False),
+        Problem("simple_gla_advance_", drafted, advance, updated=("state",), trained=False),
+        Problem("simple_gla_prefill_", pooled, prefill, updated=("state",), trained=False),
     ]
 
 
@@ -119,16 +138,34 @@ def _gsa(normal: Draw, uniform: Draw) -> list[Problem]:
         o, *states = gsa.recurrent(**first, initial_k=state_k, initial_v=state_v)
         return (o[:, 0], *states)
 
+    def prefill(state_k: Tensor, state_v: Tensor, slots: Tensor, **x: Any) -> Any:
+        o, *states = gsa.recurrent(**x, initial_k=state_k[slots], initial_v=state_v[slots])
+        return (o, *(y.index_copy(0, slots, z) for y, z in zip((state_k, state_v), states, strict=True)))
+
+    def advance(state_k: Tensor, state_v: Tensor, accepted: Tensor, **x: Any) -> Any:
+        taken = (torch.arange(x["k"].shape[1], device=accepted.device) < accepted[:, None])[..., None, None]
+        x = {name: value * taken for name, value in x.items()}
+        return tuple(gsa.recurrent(x["k"], **x, initial_k=state_k, initial_v=state_v)[1:])
+
     activations = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V)}
     activations |= {"s": uniform(B, T, HK, M), "g": -uniform(B, T, HK, M)}
     states = normal(B, HK, K, M), normal(B, HK, M, V)
     first = {name: x[:, 0] for name, x in activations.items()} | {"state_k": states[0], "state_v": states[1]}
     given = activations | {"initial_state": states}
+    pooled = activations | {
+        "state_k": normal(3, HK, K, M),
+        "state_v": normal(3, HK, M, V),
+        "slots": torch.tensor([2, 0]),
+    }
+    drafted = {name: x[:, :5] for name, x in activations.items() if name != "q"} | {"accepted": torch.tensor([2, 5])}
+    drafted |= {"state_k": states[0], "state_v": states[1]}
     return [
         *(
             Problem(form, given, recurrent, {"output_final_state": True})
             for form in ("gsa", "chunk_gsa", "fused_recurrent_gsa")
         ),
+        Problem("gsa_advance_", drafted, advance, updated=("state_k", "state_v"), trained=False),
+        Problem("gsa_prefill_", pooled, prefill, updated=("state_k", "state_v"), trained=False),
         Problem("gsa_step_", first, step, updated=("state_k", "state_v"), trained=False),
     ]
 

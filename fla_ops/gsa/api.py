@@ -139,14 +139,16 @@ def fused_recurrent_gsa(
 @public
 def gsa_step_(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor,
-    scale: float | None = None, slots: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None, state_v_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in two pools, updated in place. For decoding; it has no gradient.
 
     Args:
         q: [N, HQ, K]. k: [N, H, K]. v: [N, H, V]. s, g: [N, H, M]. scale: as `help(fla_ops.gsa)` says.
         state_k: [P, H, K, M]. state_v: [P, H, M, V]. float32, bfloat16 or float16; the arithmetic is float32. The pools
-            share no memory with each other, and no element lies in a pool twice.
+            share no memory with each other, and no element lies in a pool twice. With state_v_first=True each is
+            stored with what is read out of it first, [P, H, M, K] and [P, H, V, M]: the slots are the values of the
+            first recurrence.
         slots: [N] int32 or int64, the cache row of each sequence in both pools (not its M memory slots); all different.
             -1 is padding: nothing is read or written for it and its output is zero. None means row n for sequence n,
             and P = N. A row outside the pools is a ValueError on a CPU; a GPU, where no value can be read back, leaves
@@ -158,8 +160,62 @@ def gsa_step_(
     Raises:
         NotImplementedError: if a gradient is asked for.
     """
-    o: Tensor = torch.ops.fla.gsa_step_(q, k, v, s, g, state_k, state_v, scale, slots)
+    o: Tensor = torch.ops.fla.gsa_step_(q, k, v, s, g, state_k, state_v, scale, slots, state_v_first)
     return o
+
+
+@public
+def gsa_prefill_(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor,
+    scale: float | None = None, slots: Tensor | None = None, fresh: Tensor | None = None,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64,
+) -> Tensor:  # fmt: skip
+    """Sequences of any lengths whose states live in two pools: each starts from its rows, which then hold its final
+    states. For prompts, pieces of prompts and single tokens in one call; it has no gradient.
+
+    Equal, bit for bit, to chunk_gsa from the rows' states, with what it returns put back into the rows; so it is made.
+
+    Args:
+        q, k, v, s, g, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.gsa)` says.
+        state_k, state_v, state_v_first, slots: as in gsa_step_; a padded sequence's output is zero.
+        fresh: [N] bool, which sequences start from zeros, whatever their rows hold (NaN too). None means that none
+            does. A sequence without steps leaves its rows alone, or zeros them if it is fresh.
+        chunk_size: as in chunk_gsa.
+
+    Returns:
+        o [B, T, HQ, V] in v's dtype.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o: Tensor = torch.ops.fla.gsa_prefill_(
+        q, k, v, s, g, state_k, state_v, scale, slots, fresh, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o
+
+
+@public
+def gsa_advance_(
+    k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor, accepted: Tensor,
+    slots: Tensor | None = None, state_v_first: bool = False,
+) -> None:  # fmt: skip
+    """The first few of T steps for N sequences whose states live in two pools, updated in place, without outputs: what
+    is kept of drafted tokens. It has no gradient.
+
+    Equal to as many calls of gsa_step_. Half-precision pools are rounded once, at the end.
+
+    Args:
+        k: [N, T, H, K]. v: [N, T, H, V]. s, g: [N, T, H, M]. As `help(fla_ops.gsa)` says.
+        state_k, state_v, state_v_first, slots: as in gsa_step_.
+        accepted: [N] int32 or int64, how many steps each sequence takes, from 0 to T. Another number is a ValueError on
+            a CPU; on a GPU, where no value can be read back, one below 0 counts as 0, and one above T as T.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    torch.ops.fla.gsa_advance_(k, v, s, g, state_k, state_v, accepted, slots, state_v_first)
 
 
 @overload

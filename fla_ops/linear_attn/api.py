@@ -214,13 +214,14 @@ def normalize_output(
 @public
 def linear_attn_step_(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None = None, scale: float | None = None,
-    slots: Tensor | None = None,
+    slots: Tensor | None = None, state_v_first: bool = False,
 ) -> Tensor:  # fmt: skip
     """One step for N sequences whose states live in pools, updated in place. For decoding; it has no gradient.
 
     Args:
         q, k: [N, HK, K]. v: [N, H, V]. scale: as `help(fla_ops.linear_attn)` says.
-        state: the pool of kv, [P, H, K, V], float32, bfloat16 or float16; the arithmetic is float32.
+        state: the pool of kv, [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The
+            arithmetic is float32.
         z: the pool of z, [P, 1, H, K], likewise; given, the output is normalised. A half-precision z stops growing
             once it is 256 (bfloat16) or 2048 (float16) times as large as a key: float32 is the choice.
         slots: [N] int32 or int64, the row of each sequence in both pools; all different. -1 is padding: nothing is read
@@ -236,9 +237,9 @@ def linear_attn_step_(
     """
     o: Tensor
     if z is None:
-        o = torch.ops.fla.simple_gla_step_(q, k, v, state, None, None, scale, slots)
+        o = torch.ops.fla.simple_gla_step_(q, k, v, state, None, None, scale, slots, state_v_first)
     else:
-        o = torch.ops.fla.linear_attn_step_(q, k, v, state, z, scale, slots)
+        o = torch.ops.fla.linear_attn_step_(q, k, v, state, z, scale, slots, state_v_first)
     return o
 
 

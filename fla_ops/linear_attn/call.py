@@ -41,6 +41,9 @@ STEP_AXES = {
     "slots": "N",
     "o": "N H V",
 }
+WITHOUT_SLOTS = STEP_AXES | {"state": "N H K V (without slots)", "z": "N 1 H K (without slots)"}
+STEP_V_FIRST = STEP_AXES | {"state": "P H V K (state_v_first=True)"}
+STEP_V_FIRST_WITHOUT_SLOTS = WITHOUT_SLOTS | {"state": "N H V K (state_v_first=True, without slots)"}
 NORMALIZE_STEP_AXES = {
     "q": "N HK K",
     "o": "N H V",
@@ -118,13 +121,14 @@ class Step(NamedTuple):
     z: Pool
     scale: float | None = None
     slots: Tensor | None = None
+    state_v_first: bool = False
 
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
         if self.slots is not None:
-            return STEP_AXES
-        return STEP_AXES | {"state": "N H K V (without slots)", "z": "N 1 H K (without slots)"}
+            return STEP_V_FIRST if self.state_v_first else STEP_AXES
+        return STEP_V_FIRST_WITHOUT_SLOTS if self.state_v_first else WITHOUT_SLOTS
 
 
 class NormalizeStep(NamedTuple):

@@ -42,7 +42,7 @@ def step(c: Step) -> Tensor:
     checks.eager_whole_step(c)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-        o = torch.ops.fla.simple_gla_step_(q, k, v, c.state, None, None, c.scale, c.slots)
+        o = torch.ops.fla.simple_gla_step_(q, k, v, c.state, None, None, c.scale, c.slots, c.state_v_first)
         return (torch.ops.fla.normalize_output_step_(q, k, o, c.z, c.scale, c.slots),)
 
     o: Tensor

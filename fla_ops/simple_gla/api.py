@@ -205,6 +205,107 @@ def simple_gla_step_(
     return o
 
 
+@public
+def simple_gla_states(
+    k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, initial_state: Tensor | None = None,
+    every: int = 64, q: Tensor | None = None, scale: float | None = None, state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The states of each sequence after every few steps, for caches of prefixes; the outputs too where q is given. It
+    has no gradient.
+
+    Equal, bit for bit, to the final states of chunk_simple_gla over so many steps. A run of it that starts from one of
+    them, with the same chunk_size, equals one that did not stop, bit for bit.
+
+    Args:
+        k, v, g, g_gamma, initial_state, scale, state_v_first, cu_seqlens, cu_seqlens_cpu: as
+            `help(fla_ops.simple_gla)` says.
+        every: steps from one state that is kept to the next, counted from each sequence's start; a multiple of
+            chunk_size.
+        q: [B, T, HK, K]; None means that no outputs are wanted.
+        chunk_size: as in chunk_simple_gla.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, or None without q.
+        states [C, H, K, V] in float32 (float64 for float64 inputs), C = B * (T // every). The states of one sequence
+            follow those of the one before; a sequence of L steps has L // every. Packed sequences may have fewer in all
+            than C: rows past the last are zeros.
+        final_state [N, H, K, V], likewise. With state_v_first=True both are [..., V, K].
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o, states, final_state = torch.ops.fla.simple_gla_states(
+        k, v, g, g_gamma, initial_state, every, q, scale, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o, states, final_state
+
+
+@public
+def simple_gla_advance_(
+    k: Tensor, v: Tensor, state: Tensor, accepted: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    slots: Tensor | None = None, state_v_first: bool = False,
+) -> None:  # fmt: skip
+    """The first few of T steps for N sequences whose states live in a pool, updated in place, without outputs: what is
+    kept of drafted tokens. It has no gradient.
+
+    Equal to as many calls of simple_gla_step_, on a CPU bit for bit in a float32 pool. A half-precision pool is rounded
+    once, at the end.
+
+    Args:
+        k: [N, T, HK, K]. v: [N, T, H, V]. g: [N, T, H]. g_gamma: [H]. As `help(fla_ops.simple_gla)` says.
+        state: [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The arithmetic is
+            float32.
+        accepted: [N] int32 or int64, how many steps each sequence takes, from 0 to T. Another number is a ValueError on
+            a CPU; on a GPU, where no value can be read back, one below 0 counts as 0, and one above T as T.
+        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
+            written for it. None means row n for sequence n, and P = N. A slot outside the pool is a ValueError on a
+            CPU; a GPU leaves the pool alone.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    torch.ops.fla.simple_gla_advance_(k, v, state, accepted, g, g_gamma, slots, state_v_first)
+
+
+@public
+def simple_gla_prefill_(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,
+    scale: float | None = None, slots: Tensor | None = None, fresh: Tensor | None = None,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64,
+) -> Tensor:  # fmt: skip
+    """Sequences of any lengths whose states live in a pool: each starts from its row, which then holds its final state.
+    For prompts, pieces of prompts and single tokens in one call; it has no gradient.
+
+    Equal, bit for bit, to chunk_simple_gla from the rows' states, with what it returns put back into the rows.
+
+    Args:
+        q, k, v, g, g_gamma, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.simple_gla)` says.
+        state: [P, H, K, V], or [P, H, V, K] with state_v_first=True; float32, bfloat16 or float16. The arithmetic is
+            float32, and a row is rounded once, at the end.
+        slots: [N] int32 or int64, the pool row of each sequence; all different. -1 is padding: nothing is read or
+            written for it and its output is zero. None means row n for sequence n, and P = N. A slot outside the
+            pool is a ValueError on a CPU; a GPU, where no value can be read back, leaves the pool alone and fills
+            that sequence's output with NaN.
+        fresh: [N] bool, which sequences start from zeros, whatever their rows hold (NaN too). None means that none
+            does. A sequence without steps leaves its row alone, or zeros it if it is fresh.
+        chunk_size: as in chunk_simple_gla.
+
+    Returns:
+        o [B, T, H, V] in v's dtype.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o: Tensor = torch.ops.fla.simple_gla_prefill_(
+        q, k, v, state, g, g_gamma, scale, slots, fresh, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o
+
+
 @overload
 def simple_gla(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,9 +21,11 @@ AXES = {
     "initial_state": "N H K V",
     "o": "B T H V",
     "final_state": "N H K V",
+    "states": "C H K V",
     "attn": "B H T T",
 }
-STATE_V_FIRST = AXES | {"initial_state": "N H V K (state_v_first=True)", "final_state": "N H V K"}
+STATE_V_FIRST_AXES = {"initial_state": "N H V K (state_v_first=True)", "final_state": "N H V K"}
+STATE_V_FIRST = AXES | STATE_V_FIRST_AXES
 STEP_AXES = {
     "q": "N HK K",
     "v": "N H V",
@@ -34,9 +36,42 @@ STEP_AXES = {
     "slots": "N",
     "o": "N H V",
 }
-WITHOUT_SLOTS = STEP_AXES | {"state": "N H K V (without slots)"}
-STEP_V_FIRST = STEP_AXES | {"state": "P H V K (state_v_first=True)"}
-STEP_V_FIRST_WITHOUT_SLOTS = STEP_AXES | {"state": "N H V K (state_v_first=True, without slots)"}
+RECORD_AXES = {
+    "k": "B T HK K",
+    "v": "B T H V",
+    "q": "B T HK K",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "initial_state": "N H K V",
+    "g": "B T H",
+    "g_gamma": "H",
+    "o": "B T H V",
+    "states": "C H K V",
+    "final_state": "N H K V",
+}
+RECORD_V_FIRST = RECORD_AXES | STATE_V_FIRST_AXES | {"states": "C H V K"}
+ADVANCE_AXES = {
+    "k": "N T HK K",
+    "v": "N T H V",
+    "state": "P H K V",
+    "accepted": "N",
+    "g": "N T H",
+    "g_gamma": "H",
+    "slots": "N",
+}
+PREFILL_AXES = {
+    "q": "B T HK K",
+    "v": "B T H V",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "state": "P H K V",
+    "k": "B T HK K",
+    "g": "B T H",
+    "g_gamma": "H",
+    "slots": "N",
+    "fresh": "N",
+    "o": "B T H V",
+}
 
 
 class Call(NamedTuple):
@@ -89,6 +124,14 @@ class Call(NamedTuple):
         return (self.sequences, self.v.shape[2], *(widths[::-1] if self.state_v_first else widths))
 
 
+def pool_axes(c: Any) -> dict[str, str]:
+    """The axes of the pool that a call updates."""
+    layout, notes = ("V K", ["state_v_first=True"]) if c.state_v_first else ("K V", [])
+    if c.slots is None:
+        return {"state": f"N H {layout} ({', '.join([*notes, 'without slots'])})"}
+    return {"state": f"P H {layout} ({', '.join(notes)})" if notes else f"P H {layout}"}
+
+
 def flipped(x: Tensor | None, axis: int) -> Tensor | None:
     """A tensor that may be absent, from its end to its start."""
     return None if x is None else x.flip(axis)
@@ -110,9 +153,7 @@ class Step(NamedTuple):
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
-        if self.state_v_first:
-            return STEP_V_FIRST_WITHOUT_SLOTS if self.slots is None else STEP_V_FIRST
-        return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+        return STEP_AXES | pool_axes(self)
 
     @property
     def pool(self) -> Tensor:
@@ -125,6 +166,100 @@ class Step(NamedTuple):
         return scale_or_default(self.scale, self.q)
 
 
+class Record(NamedTuple):
+    """Sequences whose states are wanted after every few steps."""
+
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    initial_state: Tensor | None = None
+    every: int = 64
+    q: Tensor | None = None
+    scale: float | None = None
+    state_v_first: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return RECORD_V_FIRST if self.state_v_first else RECORD_AXES
+
+    @property
+    def rows(self) -> Size:
+        """C, how many states there are; for packed sequences, how many there may be at most."""
+        return self.k.shape[0] * (self.k.shape[1] // self.every)
+
+    def call(self) -> Call:
+        """The form's call; without queries, keys stand for them."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        return Call(**shared | {"q": self.k if self.q is None else self.q}, output_final_state=True)
+
+
+class Advance(NamedTuple):
+    """Some of the steps that were drafted for each sequence, taken into its row of a pool."""
+
+    k: Tensor
+    v: Tensor
+    state: Pool
+    accepted: Tensor
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    slots: Tensor | None = None
+    state_v_first: bool = False
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return ADVANCE_AXES | pool_axes(self)
+
+    @property
+    def pool(self) -> Tensor:
+        """The states as [P, H, K, V], in place."""
+        return self.state.mT if self.state_v_first else self.state
+
+
+class Prefill(NamedTuple):
+    """Sequences of any lengths, from rows of a pool to the same rows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Pool
+    g: Tensor | None = None
+    g_gamma: Tensor | None = None
+    scale: float | None = None
+    slots: Tensor | None = None
+    fresh: Tensor | None = None
+    state_v_first: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return PREFILL_AXES | pool_axes(self)
+
+    @property
+    def pool(self) -> Tensor:
+        """The states as [P, H, K, V], in place."""
+        return self.state.mT if self.state_v_first else self.state
+
+    @property
+    def sequences(self) -> Size:
+        """N, the sequences of the batch or of the pack."""
+        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    def call(self, initial_state: Tensor | None = None) -> Call:
+        """The form's call from states [N, H, K, V] to states that are returned."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        shared["state_v_first"] = False
+        return Call(**shared, initial_state=initial_state, output_final_state=True)
+
+
 class Outputs(NamedTuple):
     """What the forms with a state return."""
 
@@ -134,6 +269,14 @@ class Outputs(NamedTuple):
     def turned(self, packed: bool) -> Outputs:
         """Those of a call with time the other way."""
         return Outputs(self.o.flip(1), flipped(self.final_state, 0) if packed else self.final_state)
+
+
+class Recorded(NamedTuple):
+    """Outputs where there are queries, the states after every few steps, and after the last one."""
+
+    o: Tensor | None
+    states: Tensor
+    final_state: Tensor
 
 
 class Weighted(NamedTuple):
@@ -183,6 +326,9 @@ PARALLEL = Signature(
     without=("initial_state", "output_final_state", "reverse", "state_v_first", "chunk_size", "mode"),
 )
 STEP = Signature("simple_gla_step_", Step, "Tensor")
+RECORD = Signature("simple_gla_states", Record, Recorded)
+ADVANCE = Signature("simple_gla_advance_", Advance, "()")
+PREFILL = Signature("simple_gla_prefill_", Prefill, "Tensor")
 DISPATCHER = Signature("simple_gla", Call, Outputs, without=("output_attentions",), last=("reverse", "mode"))
 
 CHUNK_GRADIENT = Gradient(CHUNK, Need)

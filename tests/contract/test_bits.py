@@ -57,6 +57,8 @@ def check_alone(case: Case, inputs: Inputs, spans: dict[str, slice], together: N
     own = {name: part_of(case, name, x, spans) for name, x in inputs.items() if not name.startswith("cu_seqlens")}
     if "cu_seqlens" in inputs:
         own["cu_seqlens"] = inputs["cu_seqlens"].new_tensor([0, spans["T"].stop - spans["T"].start])
+    if "slots" in inputs:
+        own["slots"] = torch.zeros_like(own["slots"])  # of a pool with its row alone
     upstream = {name: part_of(case, name, x, spans) for name, x in arriving.items()}
     alone = evaluate(case, own, arriving=upstream)
     shared = {f"d{name}" for name in case.trained if not any(case.axis(name, letter) for letter in spans)}
@@ -77,7 +79,16 @@ def test_a_sequence_alone_or_in_a_pack(case: Case, device: str, dtype: torch.dty
     together = evaluate(case, inputs, arriving=arriving)
     offsets = case.sizes["offsets"]
     for n, (start, end) in enumerate(pairwise(offsets)):
-        check_alone(case, inputs, {"T": slice(start, end), "N": slice(n, n + 1)}, together, arriving)
+        spans = {"T": slice(start, end), "N": slice(n, n + 1)}
+        if "slots" in inputs:
+            row = int(inputs["slots"][n])
+            if row < 0:  # padding has no row
+                continue
+            spans["P"] = slice(row, row + 1)
+        if "every" in inputs:
+            counts = [(b - a) // inputs["every"] for a, b in pairwise(offsets)]
+            spans["C"] = slice(sum(counts[:n]), sum(counts[: n + 1]))
+        check_alone(case, inputs, spans, together, arriving)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +100,8 @@ def test_a_sequence_alone_or_in_a_batch(case: Case, device: str, dtype: torch.dt
     arriving = cotangents(detached(evaluate(case, inputs, wanted=())))
     together = evaluate(case, inputs, arriving=arriving)
     for n in range(case.sizes["B" if "B" in case.sizes else "N"]):
-        check_alone(case, inputs, {"B": slice(n, n + 1), "N": slice(n, n + 1)}, together, arriving)
+        spans = {"B": slice(n, n + 1), "N": slice(n, n + 1)}
+        if "every" in inputs:
+            count = case.sizes["T"] // inputs["every"]
+            spans["C"] = slice(n * count, (n + 1) * count)
+        check_alone(case, inputs, spans, together, arriving)

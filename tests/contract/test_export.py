@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cases import EXPORT, INDUCTOR, Case, cases
+from tests.cases import EXPORT, INDUCTOR, Case, cases, results
 from tests.contract.helpers import assert_same_bits, evaluate, export, is_composite, labelled, ours, tensors_of
 
 
@@ -33,7 +33,7 @@ def test_saved_loaded_and_run_at_other_sizes(case: Case, tmp_path: Path) -> None
         inputs = other.inputs(seed=1)
         given = {name: x.clone() for name, x in tensors_of(inputs).items()}
         found = program.module()(given)
-        outputs = (*(found if isinstance(found, tuple) else (found,)), *(given[name] for name in case.mutated))
+        outputs = (*results(found), *(given[name] for name in case.mutated))
         assert_same_bits(dict(labelled(case.outputs, outputs)), evaluate(other, inputs, wanted=()))
 
 

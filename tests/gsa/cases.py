@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fla_ops.gsa import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
+from tests.gsa import serving
 
 DIFFERENTIABLE = ("q", "k", "v", "s", "g", "initial_k", "initial_v")
 FORMS = ("chunk_gsa", "fused_recurrent_gsa", "gsa")
@@ -179,14 +180,15 @@ def step_inputs(
     """The arguments of one decode step; the pools are float32 unless told."""
     n, rows, query_heads, heads, key, value, slots = (sizes[x] for x in ("N", "P", "HQ", "H", "K", "V", "M"))
     rows = rows if "slots" in given else n
+    turn = -1 if arguments.get("state_v_first") else 1
     built: Inputs = {
         "q": draw.normal("q", (n, query_heads, key)),
         "k": draw.normal("k", (n, heads, key), std=key**-0.5),
         "v": draw.normal("v", (n, heads, value)),
         "s": draw.normal("s", (n, heads, slots), dtype=draw.wide),
         "g": draw.decay("g", (n, heads, slots)),
-        "state_k": draw.normal("state_k", (rows, heads, key, slots), dtype=pool or draw.wide),
-        "state_v": draw.normal("state_v", (rows, heads, slots, value), dtype=pool or draw.wide),
+        "state_k": draw.normal("state_k", (rows, heads, *(key, slots)[::turn]), dtype=pool or draw.wide),
+        "state_v": draw.normal("state_v", (rows, heads, *(slots, value)[::turn]), dtype=pool or draw.wide),
     }
     if "slots" in given:
         built["slots"] = draw.integers(SLOTS[:n])
@@ -205,16 +207,18 @@ def reference_step(
     state_v: Tensor,
     scale: float | None = None,
     slots: Tensor | None = None,
+    state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the recurrence for each sequence, and the pools after it."""
     rows = torch.arange(len(q), device=q.device) if slots is None else slots.long()
     o, pools = v.new_zeros(*q.shape[:2], v.shape[2]), (state_k.clone(), state_v.clone())
     used = (rows >= 0).nonzero().squeeze(1)
     step = (x[used, None] for x in (q, k, v, s, g))
-    outputs, *states = reference.recurrent(*step, scale, *(pool[rows[used]] for pool in pools))
+    held = [pool[rows[used]] for pool in pools]
+    outputs, *states = reference.recurrent(*step, scale, *(x.mT if state_v_first else x for x in held))
     o[used] = outputs[:, 0]
     for pool, state in zip(pools, states, strict=True):
-        pool[rows[used]] = state.to(pool.dtype)
+        pool[rows[used]] = (state.mT if state_v_first else state).to(pool.dtype)
     return o, *pools
 
 
@@ -244,8 +248,11 @@ def register_steps() -> None:
         step_case("not-contiguous", (), STEP_SIZES, (SMALL,), **dict.fromkeys(everything, strided)),
         step_case("widths-past-a-tile", (), {"N": 2, "P": 2, "HQ": 3, "H": 1, "K": 20, "V": 70, "M": 18}, (SMALL,)),
         step_case("int32-slots", ("slots",), STEP_SIZES, slots=Tensor.int),
+        step_case("value-first-bfloat16-pool", ("slots",), STEP_SIZES, state_v_first=True, pool=torch.bfloat16),
         step_case("bare", (), STEP_SIZES, (COMBINATION,)),
         step_case("slots", ("slots",), STEP_SIZES, (COMBINATION,)),
+        step_case("value-first", (), STEP_SIZES, (COMBINATION,), state_v_first=True),
+        step_case("value-first+slots", ("slots",), STEP_SIZES, (COMBINATION, SMALL), state_v_first=True),
     )
 
 
@@ -253,3 +260,5 @@ for form in FORMS:
     register_scenarios(form)
     register_combinations(form)
 register_steps()
+serving.register_prefill()
+serving.register_advance()

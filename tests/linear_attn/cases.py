@@ -220,11 +220,12 @@ def step_inputs(
     """The arguments of one decode step; the pools are float32 unless told."""
     n, rows, heads, key_heads, key, value = (sizes[letter] for letter in ("N", "P", "H", "HK", "K", "V"))
     rows = rows if "slots" in given else n
+    widths = (value, key) if arguments.get("state_v_first") else (key, value)
     built: Inputs = {
         "q": draw.decay("q", (n, key_heads, key), 0.1, 1.1, draw.dtype),
         "k": draw.decay("k", (n, key_heads, key), 0.1, 1.1, draw.dtype),
         "v": draw.normal("v", (n, heads, value)),
-        "state": draw.normal("state", (rows, heads, key, value), dtype=pool or draw.wide),
+        "state": draw.normal("state", (rows, heads, *widths), dtype=pool or draw.wide),
         "z": draw.decay("z", (rows, 1, heads, key), 0.1, 2.1, pool or draw.wide),
     }
     if "slots" in given:
@@ -242,15 +243,17 @@ def reference_step(
     z: Tensor,
     scale: float | None = None,
     slots: Tensor | None = None,
+    state_v_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of the recurrence for each sequence, and both pools after it."""
     rows = torch.arange(len(q), device=q.device) if slots is None else slots.long()
     o, states, sums = torch.zeros_like(v), state.clone(), z.clone()
     used = (rows >= 0).nonzero().squeeze(1)
     at = rows[used]
-    outputs, new_state, new_z = reference.recurrent(*(x[used, None] for x in (q, k, v)), scale, state[at], z[at])
+    before = state[at].mT if state_v_first else state[at]
+    outputs, after, new_z = reference.recurrent(*(x[used, None] for x in (q, k, v)), scale, before, z[at])
     o[used] = outputs[:, 0]
-    states[at], sums[at] = new_state.to(states.dtype), new_z.to(sums.dtype)
+    states[at], sums[at] = (after.mT if state_v_first else after).to(states.dtype), new_z.to(sums.dtype)
     return o, states, sums
 
 
@@ -279,8 +282,11 @@ def register_steps() -> None:
         step_case("not-contiguous", (), STEP_SIZES, **dict.fromkeys(("q", "k", "v", "state", "z"), strided)),
         step_case("widths-past-a-tile", (), wide, (SMALL,)),
         step_case("int32-slots", ("slots",), STEP_SIZES, slots=Tensor.int),
+        step_case("value-first-bfloat16-pool", ("slots",), STEP_SIZES, state_v_first=True, pool=torch.bfloat16),
         step_case("bare", (), STEP_SIZES, (COMBINATION,)),
         step_case("slots", ("slots",), STEP_SIZES, (COMBINATION,)),
+        step_case("value-first", (), STEP_SIZES, (COMBINATION,), state_v_first=True),
+        step_case("value-first+slots", ("slots",), STEP_SIZES, (COMBINATION, SMALL), state_v_first=True),
     )
 
 

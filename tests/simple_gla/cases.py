@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fla_ops.simple_gla import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
+from tests.simple_gla import serving
 
 DIFFERENTIABLE = ("q", "k", "v", "g", "g_gamma", "initial_state")
 FORMS = (
@@ -299,3 +300,6 @@ for form in FORMS:
     register_scenarios(form)
     register_combinations(form)
 register_steps()
+serving.register_prefill()
+serving.register_advance()
+serving.register_record()

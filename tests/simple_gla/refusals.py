@@ -53,4 +53,58 @@ def of_step() -> list[Refusal]:
     ]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step()]
+def of_prefill() -> list[Refusal]:
+    """What the prefill refuses."""
+    found = by_id("simple_gla_prefill_")
+    batch, packed = found["batch-with-padding"], found["packed-int32"]
+    four = batch.resized(B=4)
+    larger = r"state must be \[N, H, K, V\] \(without slots\) = \(3, 6, 10, 7\), got \(9, 6, 10, 7\)"
+    rows: list[Row] = [
+        ("both-decays", batch, {"g_gamma": torch.zeros(6)}, ValueError, BOTH_DECAYS),
+        ("pool-larger-than-N", batch, {"slots": None}, ValueError, larger),
+        *of_packs(packed),
+        beside_a_batch(batch.resized(B=2), "slots", "fresh"),
+        *of_slots(four),
+        *of_chunk_size(batch),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
+def of_advance() -> list[Refusal]:
+    """What an advance refuses."""
+    pool = by_id("simple_gla_advance_")["pool-with-padding"]
+    larger = r"state must be \[N, H, K, V\] \(without slots\) = \(4, 6, 10, 7\), got \(9, 6, 10, 7\)"
+    rows: list[Row] = [
+        ("both-decays", pool, {"g_gamma": torch.zeros(6)}, ValueError, BOTH_DECAYS),
+        ("pool-larger-than-N", pool, {"slots": None}, ValueError, larger),
+        *of_slots(pool),
+    ]
+    for reason, count in (("more-than-there-are", 6), ("fewer-than-none", -1)):
+        message = rf"accepted must be in \[0, T\] with T = 5, got {count}"
+        rows.append((reason, pool, {"accepted": torch.tensor([0, 1, count, 2])}, ValueError, message))
+    return [Refusal(*row) for row in rows]
+
+
+def of_record() -> list[Refusal]:
+    """What the states refuse."""
+    found = by_id("simple_gla_states")
+    batch, packed = found["ragged-tail"], found["packed-int32"].resized(offsets=(0, 1, 2, 3, 4, 37))
+    stretch = "every must be a multiple of chunk_size = 16, got {}"
+    rows: list[Row] = [
+        ("both-decays", batch, {"g_gamma": torch.zeros(6)}, ValueError, BOTH_DECAYS),
+        *((f"every-{n}", batch, {"every": n}, ValueError, stretch.format(n)) for n in (0, 8, 40)),
+        *of_packs(packed),
+        beside_a_batch(batch, "initial_state"),
+        *of_chunk_size(batch),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
+REFUSALS = [
+    *(r for form in FORMS for r in of_form(form)),
+    *of_dispatcher(),
+    *of_step(),
+    *of_prefill(),
+    *of_advance(),
+    *of_record(),
+]

@@ -115,6 +115,13 @@ class Dense:
         last = 0 if backwards else -1
         return states, _advance(states[..., last, :, :], log_total[..., last], updates[..., last, :, :])
 
+    def every(self, steps: int, states: Tensor, final: Tensor) -> Tensor:
+        """S after every so many steps, a multiple of the size, [C, ..., K, V]: one sequence after the other, from what
+        scan returned.
+        """
+        after = torch.arange(self.time // steps, device=states.device) * (steps // self.size) + steps // self.size
+        return torch.cat([states, final.unsqueeze(-3)], -3).index_select(-3, after).movedim(-3, 1).flatten(0, 1)
+
 
 class Packed:
     """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last
@@ -129,6 +136,7 @@ class Packed:
         chunks = (ends - starts + size - 1) // size
         after = chunks.cumsum(0)
         self.empty = chunks == 0
+        self.time, self.size, self.lengths, self.chunks = time, size, ends - starts, chunks
         self.first_row, self.last_row = (after - chunks).clamp(max=self.rows - 1), (after - 1).clamp(min=0)
         # of each row: its sequence, which chunk of it, which steps of the pack
         row = torch.arange(self.rows, device=offsets.device)
@@ -169,6 +177,20 @@ class Packed:
         states_at, updates_at = (x[0][..., ends, :, :] for x in (states, updates))
         final = _advance(states_at, log_total[0][..., ends], updates_at).movedim(-3, 0)
         return states, torch.where(self.empty.reshape(-1, *[1] * (final.dim() - 1)), initial, final)
+
+    def every(self, steps: int, states: Tensor, final: Tensor) -> Tensor:
+        """As Dense.every. The number of rows is a bound; those past the last are zeros."""
+        count = self.lengths // steps
+        ends = count.cumsum(0)
+        row = torch.arange(self.time // steps, device=states.device)
+        owner = torch.searchsorted(ends, row, right=True)
+        used = owner < ends.shape[0]
+        owner = owner.clamp(max=ends.shape[0] - 1)
+        chunk = (row - (ends - count)[owner] + 1) * (steps // self.size)
+        at = (self.first_row[owner] + chunk).clamp(0, self.rows - 1)
+        before = states[0].movedim(-3, 0)[at]
+        inside, used = (x.reshape(-1, *[1] * (before.dim() - 1)) for x in (chunk < self.chunks[owner], used))
+        return torch.where(used, torch.where(inside, before, final[owner]), 0)
 
 
 def layout_of(c: Any, size: int) -> Dense | Packed:

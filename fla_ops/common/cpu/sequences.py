@@ -72,7 +72,7 @@ def _join(c: Any, name: str, parts: Sequence[Tensor | None]) -> Tensor | None:
     if not found:
         return None
     letters = valid.letters_of(c.axes[name])
-    telling = [letter for letter in letters if letter in ("N", "B" if c.cu_seqlens is None else "T")]
+    telling = [letter for letter in letters if letter in ("N", "C", "B" if c.cu_seqlens is None else "T")]
     if not telling:
         return torch.stack(found).sum(0)
     if telling == ["T", "T"]:  # what steps have with steps: none across sequences

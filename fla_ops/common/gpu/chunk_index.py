@@ -53,6 +53,12 @@ def first_row(n, chunk_ends, T, BT: tl.constexpr):
 
 
 @triton.jit
+def sequence_of(row, chunk_sequence, T, BT: tl.constexpr):
+    """The sequence whose chunk lies in this row; N in an unused row."""
+    return tl.load(chunk_sequence + row) if chunk_sequence is not None else row // tl.cdiv(T, BT)
+
+
+@triton.jit
 def locate_chunk(
     row, cu_seqlens, chunk_sequence, chunk_ends,    # int64, [N + 1], [rows], [N]
     T, N, BT: tl.constexpr,

@@ -157,8 +157,9 @@ def step(c: Step) -> Tensor:
     Small states are read as sums of elementwise products, others by a product for each sequence: see sequences.py.
     """
     checks.eager_step(c)
-    (sequences, heads, value), (key, slots), group = c.v.shape, c.state_k.shape[2:], c.q.shape[1] // c.v.shape[1]
-    rows = list(range(sequences)) if c.slots is None else valid.slot_values(c.slots, len(c.state_k))
+    (state_k, state_v), (sequences, heads, value) = c.pools, c.v.shape
+    (key, slots), group = state_k.shape[2:], c.q.shape[1] // heads
+    rows = list(range(sequences)) if c.slots is None else valid.slot_values(c.slots, len(state_k))
     dtype = valid.state_dtype(c.v)
     q = _cast(c.q, dtype).reshape(sequences, heads, group, key) * c.factor
     k, v, s, decay = _cast(c.k, dtype), _cast(c.v, dtype), _cast(c.s, dtype), _cast(c.g, dtype).exp()
@@ -167,14 +168,14 @@ def step(c: Step) -> Tensor:
     for some, at in pools.blocks(rows, heads * slots * (key + value)):
         given = (q, k, v, s, decay)
         queries, keys, values, written, kept = given if some == slice(0, sequences) else (x[some] for x in given)
-        held = c.state_k[at]
+        held = state_k[at]
         state = _cast(held, dtype).mul_(kept.unsqueeze(2)).addcmul_(keys.unsqueeze(3), written.unsqueeze(2))
         p = read(queries, state).softmax(3)
-        pools.update(c.state_k, at, held, state)
-        held = c.state_v[at]
+        pools.update(state_k, at, held, state)
+        held = state_v[at]
         state = _cast(held, dtype).mul_(kept.unsqueeze(3)).addcmul_(written.unsqueeze(3), values.unsqueeze(2))
         o[some] = read(p, state)
-        pools.update(c.state_v, at, held, state)
+        pools.update(state_v, at, held, state)
     return _cast(o.flatten(1, 2), c.v.dtype)
 
 

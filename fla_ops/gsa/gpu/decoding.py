@@ -104,7 +104,8 @@ def step(c: Step) -> Tensor:
     checks.eager_step(c)
     refuse_float64(c.q)
     c = contiguous(c, but=("state_k", "state_v"))
-    q, k, v, s, g, state_k, state_v = c[:7]
+    q, k, v, s, g = c[:5]
+    state_k, state_v = c.pools
     sequences, query_heads, key_width = q.shape
     heads, value_width, slots = v.shape[1], v.shape[2], s.shape[2]
     o = torch.empty(sequences, query_heads, value_width, dtype=v.dtype, device=v.device)

@@ -18,14 +18,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fla_ops.common.cpu import slots
 from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights, whole
-from fla_ops.common.cpu.sequences import one_by_one
-from fla_ops.validation import cu_seqlens_values_async, state_dtype
+from fla_ops.common.cpu.sequences import for_rows, is_traced, one_by_one
+from fla_ops.validation import cu_seqlens_values_async, state_dtype, step_counts
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs, Step, Weighted, WeightsNeed
+from ..call import Advance, Call, Gradients, Need, Outputs, Prefill, Record, Recorded, Step, Weighted, WeightsNeed
 
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 
@@ -35,7 +36,8 @@ def forward(c: Call) -> Outputs:
 
     def body(c: Call) -> Outputs:
         x = _cut(c, min(c.chunk_size, CHUNK))
-        o, final = _read_out(c, x)
+        states, final = _states(c, x)
+        o = _read_out(c, x, states)
         return Outputs(o, _leave(c, final) if c.output_final_state else None)
 
     return Outputs(*one_by_one(body, c, Outputs._fields))
@@ -47,7 +49,7 @@ def parallel_forward(c: Call) -> Weighted:
 
     def body(c: Call) -> Weighted:
         x = _cut_whole(c) if c.output_attentions else _cut(c, CHUNK)
-        o, _ = _read_out(c, x)
+        o = _read_out(c, x, _states(c, x)[0])
         time = c.q.shape[1]
         return Weighted(o, x.scores[..., 0, :time, :time].flatten(1, 2).to(o.dtype) if c.output_attentions else None)
 
@@ -86,6 +88,51 @@ def step(c: Step) -> Tensor:
     o = (query * c.factor * state).sum(-2).flatten(1, 2).to(c.v.dtype)
     slots.write_(c.pool, c.slots, held, state.flatten(1, 2))
     return slots.only_with_slots(o, c.slots)
+
+
+def record(c: Record) -> Recorded:
+    """o where there are queries, the states after every few steps, and the final ones."""
+    checks.record(c)
+
+    def body(one: Call) -> Recorded:
+        x = _cut(one, min(c.chunk_size, CHUNK))
+        states, final = _states(one, x)
+        o = None if c.q is None else _read_out(one, x, states)
+        return Recorded(o, _leave(one, x.layout.every(c.every, states, final)), _leave(one, final))
+
+    o, states, final = one_by_one(body, c.call(), Recorded._fields)
+    return Recorded(o, pad(states, (0, 0, 0, 0, 0, 0, 0, c.rows - states.shape[0])), final)
+
+
+def advance(c: Advance) -> None:
+    """The first `accepted` steps of each sequence, into its row of the pool: the others have no key, value or decay."""
+    time = c.k.shape[1]
+    if is_traced(c.k):
+        torch._assert_async(((c.accepted >= 0) & (c.accepted <= time)).all(), "accepted must be in [0, T]")
+    else:
+        step_counts(c.accepted, time)
+    held = slots.read(c.pool, c.slots)
+    taken = (torch.arange(time, device=c.k.device) < c.accepted[:, None])[..., None]  # [N, T, 1]
+    k, v = (torch.where(taken[..., None], x, 0) for x in (c.k, c.v))
+    g = c.g if c.g_gamma is None else c.g_gamma.expand(c.v.shape[:3])
+    g = None if g is None else torch.where(taken, g, 0)
+    final = forward(Call(k, k, v, g, initial_state=held, output_final_state=True)).final_state
+    slots.write_(c.pool, c.slots, held, torch.where(for_rows(c.accepted > 0, final), final, held.to(final.dtype)))
+
+
+def prefill(c: Prefill) -> Tensor:
+    """o of every sequence from its row of the pool, which then holds its final state."""
+    held = slots.read(c.pool, c.slots)
+    initial = held if c.fresh is None else torch.where(for_rows(c.fresh, held), 0, held)
+    o, final = forward(c.call(initial))
+    slots.write_(c.pool, c.slots, held, final)
+    if c.slots is None:
+        return o
+    if c.cu_seqlens is None:
+        return slots.only_with_slots(o, c.slots)
+    step = torch.arange(o.shape[1], device=o.device)
+    owner = torch.searchsorted(c.cu_seqlens[1:], step.to(c.cu_seqlens.dtype), right=True)
+    return slots.only_with_slots(o[0], c.slots[owner.clamp(max=c.slots.shape[0] - 1)])[None]
 
 
 class Chunks(NamedTuple):
@@ -146,11 +193,15 @@ def _chunks(c: Call, layout: Dense | Packed, log_decay: Tensor) -> Chunks:
     return Chunks(layout, q * c.factor, k, v, within, from_start[..., None], to_end[..., None], log_total)
 
 
-def _read_out(c: Call, x: Chunks) -> tuple[Tensor, Tensor]:
-    """o as it is returned, and the final state as it is carried."""
-    states, final = x.layout.scan(x.updates, x.log_total, _enter(c, c.initial_state))
+def _states(c: Call, x: Chunks) -> tuple[Tensor, Tensor]:
+    """The states before each chunk and the final one, as they are carried."""
+    return x.layout.scan(x.updates, x.log_total, _enter(c, c.initial_state))
+
+
+def _read_out(c: Call, x: Chunks, states: Tensor) -> Tensor:
+    """o as it is returned."""
     o = torch.addcmul(x.scores @ x.v, x.q @ states, x.from_start)
-    return x.layout.join(o.flatten(1, 2), c.v.dtype), final
+    return x.layout.join(o.flatten(1, 2), c.v.dtype)
 
 
 def _gradients(
@@ -165,7 +216,7 @@ def _gradients(
     dproducts = do @ x.v.mT
     if dattn is not None:
         missing = x.layout.size - c.q.shape[1]
-        dattn = torch.nn.functional.pad(dattn.to(do.dtype), (0, missing, 0, missing))
+        dattn = pad(dattn.to(do.dtype), (0, missing, 0, missing))
         dproducts = dproducts + dattn.unflatten(1, (c.k.shape[2], -1)).unsqueeze(-3)
     dscores = dproducts * x.within
     dq = torch.addcmul(dscores @ x.k, do @ states.mT, x.from_start)

@@ -21,7 +21,7 @@ namespace {
 // One thread, with the matrices it works in.
 struct Worker : Inputs {
     const Chunks& chunks;
-    Matrix weighted, added, k_transposed, v_transposed, dstate_transposed;
+    Matrix row, weighted, added, k_transposed, v_transposed, dstate_transposed;
     Matrix scores, weights, dq, dk, dv, dq_of_group, dk_of_group;
     Decay decay;
     double change[CHUNK]{};  // of dg, from step to step
@@ -29,6 +29,7 @@ struct Worker : Inputs {
     Worker(const Call& c, const Chunks& chunks, Space& space)
         : Inputs(c, space),
           chunks(chunks),
+          row(space.matrix(1, std::max(K, V))),
           weighted(space.matrix(CHUNK, K)),
           added(space.matrix(K, V)),
           k_transposed(space.matrix(K, CHUNK)),
@@ -105,20 +106,21 @@ struct Worker : Inputs {
         });
     }
 
-    // S <- d S + what a chunk adds, along the chunks of each sequence: `carried` is S before the first of them, then
-    // after the last, dense; what a chunk adds is replaced by the S that it meets, with zeros past its edges.
-    void carry(const Window& w, bool shared, float* added, float* carried, int rows, int width, bool backwards) {
+    // S <- d S + what a chunk adds, along the chunks of each sequence: `carried` holds S before the first of them, then
+    // after the last; what a chunk adds is replaced by the S that it meets, with zeros past its edges.
+    void carry(const Window& w, bool shared, float* added, const States& carried, int rows, int width, bool backwards) {
         int64_t heads = (w.last_head - w.first_head) * group, sequences = w.last_sequence - w.first_sequence;
         const int64_t all = padded(rows);
         spread(shared, sequences * heads * all, [&](int64_t i) {
-            int64_t row = i % all, head = w.first_head * group + i / all % heads;
+            int64_t at = i % all, head = w.first_head * group + i / all % heads;
             int64_t n = w.first_sequence + i / all / heads;
             int64_t first = std::max(w.first, chunks.first[n]), last = std::min(w.last, chunks.first[n + 1]);
-            float* s = carried + ((n * c.heads + head) * rows + row) * width;
+            float* s = row.at;
+            const int inside = at < rows ? width : 0;
+            if (inside) carried.load(n, head, at, width, s);
             for (int64_t step = 0; step < last - first; step++) {
-                int64_t which = slot(w, backwards ? last - 1 - step : first + step, head);
-                float* x = Matrix(added + which * Matrix::numbers(rows, width), width)[row];
-                const int inside = row < rows ? width : 0;
+                const int64_t chunk = backwards ? last - 1 - step : first + step, which = slot(w, chunk, head);
+                float* x = Matrix(added + which * Matrix::numbers(rows, width), width)[at];
                 const Factor total = w.totals[which];
                 for (int j = 0; j < inside; j++) {
                     float next = total.times_plus(s[j], x[j]);
@@ -126,7 +128,10 @@ struct Worker : Inputs {
                     s[j] = next;
                 }
                 std::fill(x + inside, x + padded(width), 0.f);
+                const int64_t kept = chunks.all[chunk].kept;
+                if (inside && kept >= 0) c.kept.store_row(kept, at, head, width, s);
             }
+            if (inside) carried.store(n, head, at, width, s);
         });
     }
 
@@ -164,26 +169,28 @@ struct Worker : Inputs {
     // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
     void walk_forward(const Window& w) {
         const int64_t first = w.first_head * group, heads = (w.last_head - w.first_head) * group;
-        float* carried = c.state + (w.first_sequence * c.heads + first) * K * V;
+        auto row_of = [&](int i) { return state(w, w.first, first + i / K)[i % K]; };
         std::fill_n(w.states, heads * Matrix::numbers(K, V), 0.f);
-        for (int i = 0; i < heads * K; i++) std::copy_n(carried + i * V, V, state(w, w.first, first + i / K)[i % K]);
+        for (int i = 0; i < heads * K; i++) c.state.load(w.first_sequence, first + i / K, i % K, V, row_of(i));
         for (int64_t at = chunks.first[w.first_sequence]; at < chunks.first[w.last_sequence]; at++) {
             const Chunk& chunk = chunks.all[at];
             int steps = padded(chunk.steps);
-            load(chunk, w.first_head, w.last_head, LOAD_Q | LOAD_K | LOAD_V);
+            load(chunk, w.first_head, w.last_head, (c.o.data ? LOAD_Q : 0) | LOAD_K | LOAD_V);
             for (int64_t key_head = w.first_head; key_head < w.last_head; key_head++) {
                 select_key_head(key_head);
-                fill_scores(chunk);
+                if (c.o.data) fill_scores(chunk);
                 each_head(chunk, key_head, [&](int64_t head) {
                     Matrix s = state(w, w.first, head);
-                    write_output(chunk, head, s);
+                    if (c.o.data) write_output(chunk, head, s);
                     scale_rows(k, decay.to_end, weighted, steps, padded(K));
                     product(Left::transposed(weighted), v, added, padded(K), steps, padded(V));
                     advance(s);
+                    if (chunk.kept >= 0)
+                        for (int i = 0; i < K; i++) c.kept.store_row(chunk.kept, i, head, V, s[i]);
                 });
             }
         }
-        for (int i = 0; i < heads * K; i++) std::copy_n(state(w, w.first, first + i / K)[i % K], V, carried + i * V);
+        for (int i = 0; i < heads * K; i++) c.state.store(w.first_sequence, first + i / K, i % K, V, row_of(i));
     }
 
     void write_gradients(const Window& w, int64_t at, int64_t key_head) {
@@ -275,8 +282,9 @@ struct Worker : Inputs {
     void forward(const Window& w, bool shared) {
         each_chunk(w, shared, LOAD_K | LOAD_V, [&](int64_t chunk, int64_t head) { add_states(w, chunk, head, false); });
         carry(w, shared, w.states, c.state, K, V, false);
-        int what = LOAD_Q | LOAD_K | LOAD_V;
-        each_chunk(w, shared, what, [&](int64_t chunk, int64_t head) { write_outputs(w, chunk, head); });
+        if (!c.o.data) return;
+        each_chunk(w, shared, LOAD_Q | LOAD_K | LOAD_V,
+                   [&](int64_t chunk, int64_t head) { write_outputs(w, chunk, head); });
     }
 
     void states_forward(const Window& w, bool shared) {
@@ -286,7 +294,7 @@ struct Worker : Inputs {
 
     void backward(const Window& w, bool shared) {
         if (c.dq.data || c.dg) states_forward(w, shared);
-        if (c.dstate) {
+        if (c.dstate.pool.data) {
             each_chunk(w, shared, LOAD_Q | LOAD_O, [&](int64_t chunk, int64_t head) { add_dstates(w, chunk, head); });
             carry(w, shared, w.dstates, c.dstate, K, V, true);
         }
@@ -296,10 +304,9 @@ struct Worker : Inputs {
 
     // The fused form: the states before each window by a walk forwards, then the windows from the last one on.
     void walk_backward(Window w, float* before_windows) {
-        int64_t first = chunks.first[w.first_sequence], last = chunks.first[w.last_sequence];
-        int64_t windows = (last - first + WINDOW - 1) / WINDOW;
-        int64_t numbers = (w.last_head - w.first_head) * group * V * K;
-        float* state = c.state + (w.first_sequence * c.heads + w.first_head * group) * V * K;
+        const int64_t first = chunks.first[w.first_sequence], last = chunks.first[w.last_sequence];
+        const int64_t windows = (last - first + WINDOW - 1) / WINDOW, numbers = (w.last_head - w.first_head) * group * V * K;
+        float* state = static_cast<float*>(c.state.pool.data) + (w.first_sequence * c.heads + w.first_head * group) * V * K;
         auto select = [&](int64_t i) {
             w.first = first + i * WINDOW;
             w.last = std::min(last, w.first + WINDOW);

@@ -9,17 +9,36 @@ constexpr double RESET = 9.36e-14;  // exp(-30): a step that decays as strongly 
 constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
 constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
-// The arguments of both operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
+// A matrix for each sequence and head, in a pool of any dtype: what a walk starts from, and where it leaves its end.
+struct States {
+    Steps pool;            // [P, H, rows, width]: the rows of a state are what steps are elsewhere
+    const int64_t* slots;  // the pool's row of each sequence, -1 for padding; null: its number
+    const bool* fresh;     // sequences that start from zeros, whatever the pool holds
+
+    int64_t slot(int64_t n) const { return slots ? slots[n] : n; }
+    void load(int64_t n, int64_t head, int64_t row, int width, float* x) const {
+        if (slot(n) < 0 || (fresh && fresh[n]))
+            std::fill(x, x + padded(width), 0.f);
+        else
+            pool.load_row(slot(n), row, head, width, x);
+    }
+    void store(int64_t n, int64_t head, int64_t row, int width, const float* x) const {
+        if (slot(n) >= 0) pool.store_row(slot(n), row, head, width, x);
+    }
+};
+
+// The arguments of all operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
 struct Call {
-    int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, fused, reverse, threads;
+    int64_t batch, time, sequences, key_heads, heads, K, V, chunk_size, every, fused, reverse, threads;
     double scale;
     const int64_t* offsets;        // of packed sequences, [sequences + 1]
     const float* g;                // [B, T, H]
     const float* g_gamma;          // [H]
     Steps q, k, v, o, dq, dk, dv;  // backward, o is its gradient
+    Steps kept;                    // [C, H, K, V]: the states after every `every` steps of each sequence
+    States state;                  // [K, V] forward, [V, K] in float32 backward: initial, then final
+    States dstate;                 // [K, V]: gradient of the final state, then of the initial one; dq needs none
     float* dg;                     // [B, T, H]
-    float* state;                  // [N, H, K, V] forward, [N, H, V, K] backward: initial, then final
-    float* dstate;                 // [N, H, K, V]: gradient of the final state, then of the initial one; dq needs none
     float* space;                  // as many numbers as chunk_space says
 };
 
@@ -27,6 +46,7 @@ struct Call {
 struct Chunk {
     int64_t batch, start;
     int steps, ahead;
+    int64_t kept;  // which row of Call::kept is the state after it; -1: none
     int64_t at(int i) const { return start + i * ahead; }
 };
 
@@ -36,11 +56,16 @@ struct Chunks {
     std::vector<int64_t> first{0};
 
     explicit Chunks(const Call& c) {
+        int64_t kept = 0;
         for (int64_t n = 0; n < c.sequences; n++) {
             int64_t start = c.offsets ? c.offsets[n] : 0, end = c.offsets ? c.offsets[n + 1] : c.time;
-            for (int64_t i = 0; i < end - start; i += c.chunk_size)
+            if (c.state.slot(n) < 0) end = start;
+            for (int64_t i = 0; i < end - start; i += c.chunk_size) {
+                const int64_t after = i + c.chunk_size;
+                const bool keeps = c.every && after % c.every == 0 && after <= end - start;
                 all.push_back({c.offsets ? 0 : n, c.reverse ? end - 1 - i : start + i,
-                               int(std::min(c.chunk_size, end - start - i)), c.reverse ? -1 : 1});
+                               int(std::min(c.chunk_size, end - start - i)), c.reverse ? -1 : 1, keeps ? kept++ : -1});
+            }
             first.push_back(int64_t(all.size()));
         }
     }

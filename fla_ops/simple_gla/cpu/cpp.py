@@ -6,17 +6,31 @@ The C++ kernels compute in float32, and take chunks of at most 64 steps.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fla_ops import validation as valid
 from fla_ops.common.cpu import build
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs
+from ..call import Call, Gradients, Need, Outputs, Prefill, Record, Recorded
 from . import aten
 
+SOURCE = "simple_gla/cpu/chunk.cpp"
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
+
+
+class States(ctypes.Structure):
+    """struct States of chunk.h."""
+
+    _fields_ = (("pool", build.Steps), ("slots", ctypes.c_void_p), ("fresh", ctypes.c_void_p))
+
+
+def states(pool: Tensor | None, slots: Tensor | None = None, fresh: Tensor | None = None) -> States:
+    """[P, H, rows, width], whose rows are what steps are elsewhere; zeros for None."""
+    return States(build.steps(None if pool is None else pool.transpose(1, 2)), *map(build.address, (slots, fresh)))
 
 
 class Arguments(ctypes.Structure):
@@ -24,11 +38,12 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "time", "sequences", "key_heads", "heads", "K", "V")),
-        *((name, ctypes.c_int64) for name in ("chunk_size", "fused", "reverse", "threads")),
+        *((name, ctypes.c_int64) for name in ("chunk_size", "every", "fused", "reverse", "threads")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("offsets", "g", "g_gamma")),
-        *((name, build.Steps) for name in ("q", "k", "v", "o", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dg", "state", "dstate", "space")),
+        *((name, build.Steps) for name in ("q", "k", "v", "o", "dq", "dk", "dv", "kept")),
+        *((name, States) for name in ("state", "dstate")),
+        *((name, ctypes.c_void_p) for name in ("dg", "space")),
     )
 
 
@@ -52,21 +67,68 @@ def fused_chunk_backward(c: Call, d: Outputs, need: Need) -> Gradients:
     return _backward(c, d, need, fused=True)
 
 
+def prefill(c: Prefill) -> Tensor:
+    """The same from rows of a pool to the same rows."""
+    checks.eager_prefill(c)
+    library = build.library(SOURCE, c.v, c.state)
+    if library is None:
+        return aten.prefill(c)
+    o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
+    rows = None if c.slots is None else valid.slot_values(c.slots, len(c.state))
+    if rows is not None:
+        _clear_padding(c, rows, o)
+    slots = None if rows is None else torch.tensor(rows)
+    fresh = None if c.fresh is None else c.fresh.contiguous()
+    _run(library, c.call(), _walks(c), o, states(c.pool, slots, fresh))
+    return o
+
+
+def record(c: Record) -> Recorded:
+    """The same with the states after every few steps, without outputs where there are no queries."""
+    checks.eager_record(c)
+    library = build.library(SOURCE, c.v)
+    if library is None:
+        return aten.record(c)
+    call, o = c.call(), None
+    if c.q is not None:
+        o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
+    kept = c.v.new_zeros((c.rows, *call.state_shape[1:]), dtype=torch.float32)
+    final = kept.new_zeros(call.state_shape) if c.initial_state is None else kept.new_empty(call.state_shape)
+    if c.initial_state is not None:
+        final.copy_(c.initial_state)
+    by_key = [x.mT if c.state_v_first else x for x in (kept, final)]
+    _run(library, call, _walks(call), o, states(by_key[1]), kept=by_key[0], every=c.every)
+    return Recorded(o, kept, final)
+
+
+def _walks(c: Any) -> bool:
+    """Whether the fused form, which gives the same bits, has work for all threads."""
+    return int(c.sequences) * c.k.shape[2] >= 2 * torch.get_num_threads()
+
+
+def _clear_padding(c: Prefill, rows: list[int], o: Tensor) -> None:
+    """Zeros in the steps of sequences whose slot is -1."""
+    offsets = None if c.cu_seqlens is None else c.cu_seqlens.tolist()
+    for n, row in enumerate(rows):
+        if row < 0:
+            (o[n] if offsets is None else o[0, offsets[n] : offsets[n + 1]]).zero_()
+
+
 def _forward(c: Call, fused: bool) -> Outputs:
     checks.eager(c)
-    library = build.library("simple_gla/cpu/chunk.cpp", c.v)
+    library = build.library(SOURCE, c.v)
     if library is None:
         return aten.forward(c)
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     state = state_of(c, c.initial_state)
-    _run(library, c, fused, o, state)
+    _run(library, c, fused, o, states(state))
     if not c.output_final_state:
         return Outputs(o, None)
     return Outputs(o, state.mT.contiguous() if c.state_v_first else state)
 
 
 def _backward(c: Call, d: Outputs, need: Need, fused: bool) -> Gradients:
-    library = build.library("simple_gla/cpu/chunk.cpp", c.v)
+    library = build.library(SOURCE, c.v)
     if library is None:
         return aten.backward(c, d, need)
     dq, dk, dv = (
@@ -76,7 +138,7 @@ def _backward(c: Call, d: Outputs, need: Need, fused: bool) -> Gradients:
     dg = c.v.new_empty(c.v.shape[:3], dtype=torch.float32) if need.g or need.g_gamma else None
     dstate = state_of(c, d.final_state) if any(need[1:]) else None
     state = state_of(c, c.initial_state).mT.contiguous()
-    _run(library, c, fused, d.o, state, dstate, dq, dk, dv, dg)
+    _run(library, c, fused, d.o, states(state), states(dstate), dq, dk, dv, dg)
     return dq, dk, dv, *gradients_of(c, need, dg, dstate)
 
 
@@ -84,28 +146,32 @@ def _run(
     library: ctypes.CDLL,
     c: Call,
     fused: bool,
-    o: Tensor,
-    state: Tensor,
-    *gradients: Tensor | None,
+    o: Tensor | None,
+    state: States,
+    *gradients: Any,
+    kept: Tensor | None = None,
+    every: int = 0,
 ) -> None:
-    """One call of chunk.cpp; the gradients are those of the state, of q, k, v and g.
+    """One call of chunk.cpp; the gradients are those of the state, of q, k, v and g. `kept` [C, H, K, V] receives the
+    state after every so many steps.
 
     C++ gets raw addresses, so each temporary needs a name that keeps it alive.
     """
-    dstate, dq, dk, dv, dg = gradients or (None,) * 5
+    dstate, dq, dk, dv, dg = gradients or (states(None), *(None,) * 4)
     g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
     offsets = build.offsets(c)
     batch, time, key_heads, width = c.q.shape
     arguments = Arguments(
-        *(batch, time, state.shape[0], key_heads, c.v.shape[2], width, c.v.shape[3]),
-        *(min(c.chunk_size, CHUNK), fused, c.reverse, build.threads(c.v.numel() * width)),
+        *(batch, time, c.sequences, key_heads, c.v.shape[2], width, c.v.shape[3]),
+        *(min(c.chunk_size, CHUNK), every, fused, c.reverse, build.threads(c.v.numel() * width)),
         c.factor,
         *(build.address(x) for x in (offsets, g, g_gamma)),
         *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv)),
-        *(build.address(x) for x in (dg, state, dstate)),
+        build.steps(None if kept is None else kept.transpose(1, 2)),
+        *(state, dstate, build.address(dg)),
     )
     library.chunk_space.restype = ctypes.c_int64
-    space = state.new_empty(library.chunk_space(ctypes.byref(arguments), bool(gradients)))
+    space = torch.empty(library.chunk_space(ctypes.byref(arguments), bool(gradients)), dtype=torch.float32)
     arguments.space = space.data_ptr()
     (library.chunk_backward if gradients else library.chunk_forward)(ctypes.byref(arguments))
 

@@ -12,7 +12,7 @@ from fla_ops import validation as valid
 from fla_ops.common.cpu import build
 
 from .. import checks
-from ..call import Call, Gradients, Need, Outputs, Step
+from ..call import Advance, Call, Gradients, Need, Outputs, Step
 from . import aten
 from .cpp import gradients_of, state_of
 
@@ -23,7 +23,7 @@ class Arguments(build.Walks):
     """struct Call of recurrent.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("g", "g_gamma")),
+        *((name, ctypes.c_void_p) for name in ("g", "g_gamma", "accepted")),
         *((name, build.Steps) for name in ("q", "k", "v", "o", "state", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("dg", "dstate")),
     )
@@ -73,6 +73,28 @@ def step(c: Step) -> Tensor:
     return o
 
 
+def advance(c: Advance) -> None:
+    """The first `accepted` steps of each sequence: each row of the pool is read and written once for all of them."""
+    checks.eager_advance(c)
+    library = build.library(SOURCE, c.v, c.state)
+    if library is None:
+        aten.advance(c)
+        return
+    accepted = torch.tensor(valid.step_counts(c.accepted, c.k.shape[1]), dtype=torch.int64)
+    rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)), dtype=torch.int64)
+    g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
+    (sequences, time, key_heads, key_width), (heads, value_width) = c.k.shape, c.v.shape[2:]
+    arguments = Arguments(
+        *(time, sequences, key_heads, heads, key_width, value_width),
+        *(False, build.threads(c.v.numel() * key_width)),
+        1.0,
+        *(build.address(x) for x in (None, rows, g, g_gamma, accepted)),
+        *(build.steps(x) for x in (None, c.k, c.v, None, c.pool.transpose(1, 2), None, None, None)),
+        *(build.address(x) for x in (None, None)),
+    )
+    library.recurrent_advance(ctypes.byref(arguments))
+
+
 def _run(
     kernel: Any,
     c: Any,
@@ -95,7 +117,7 @@ def _run(
         *(time, sequences, key_heads, heads, key_width, value_width),
         *(reverse, build.threads(batch * time * heads * key_width * value_width)),
         c.factor,
-        *(build.address(x) for x in (offsets, slots, g, g_gamma)),
+        *(build.address(x) for x in (offsets, slots, g, g_gamma, None)),
         *(build.steps(x) for x in (c.q, c.k, c.v, o, state.transpose(1, 2), dq, dk, dv)),
         *(build.address(x) for x in (dg, dstate)),
     )

@@ -16,6 +16,7 @@ namespace {
 struct Call : Walks {
     const float* g;          // [B, T, H]
     const float* g_gamma;    // [H]
+    const int64_t* accepted; // [N]: of the steps, how many an advance takes
     Steps q, k, v, o;        // backward, o is its gradient
     Steps state;             // [P, H, K, V]: its K rows are what steps are elsewhere
     Steps dq, dk, dv;        // dq and dk for every value head
@@ -87,6 +88,56 @@ void advance(bool cached, T* s, int64_t row, Stride column, const float* k, cons
     }
 }
 
+inline int64_t gate(const Call& c, const Walk& w, int64_t t) { return (w.batch * c.time + t) * c.heads + w.head; }
+inline double decay_of(const Call& c, const Walk& w, int64_t t) {
+    return std::exp(double(c.g ? c.g[gate(c, w, t)] : c.g_gamma ? c.g_gamma[w.head] : 0));
+}
+
+// One thread that takes steps into rows of a pool without outputs: all steps for one row of S after the other, along
+// memory. Every number meets the operations of advance_rows, and so has the same bits.
+struct Taker {
+    const Call& c;
+    const int K, V;
+    std::vector<float> space;
+    std::vector<Factor> decays;
+    Matrix k, v, row;
+
+    explicit Taker(const Call& c)
+        : c(c),
+          K(int(c.K)),
+          V(int(c.V)),
+          space(Matrix::numbers(c.time, K) + Matrix::numbers(c.time, V) + padded(std::max(K, V))),
+          k(space.data(), K),
+          v(k[padded(c.time)], V),
+          row(v[padded(c.time)], std::max(K, V)) {}
+
+    void take(const Walk& w) {
+        const int64_t slot = c.slots ? c.slots[w.sequence] : w.sequence, steps = c.accepted[w.sequence];
+        if (slot < 0 || steps == 0) return;
+        decays.clear();
+        for (int64_t t = 0; t < steps; t++) {
+            c.k.load_row(w.batch, t, w.key_head, K, k[t]);
+            c.v.load_row(w.batch, t, w.head, V, v[t]);
+            decays.emplace_back(decay_of(c, w, t));
+        }
+        const bool value_first = c.state.step == 1;
+        const Matrix along = value_first ? k : v, across = value_first ? v : k;
+        const int rows = value_first ? V : K, width = value_first ? K : V;
+        Steps s = c.state;
+        if (value_first) std::swap(s.step, s.column);
+        for (int i = 0; i < rows; i++) {
+            s.load_row(slot, i, w.head, width, row.at);
+            for (int64_t t = 0; t < steps; t++) {
+                const Factor decay = decays[t];
+                const float x = across[t][i], *y = along[t];
+                for (int j = 0; j < width; j++)
+                    row.at[j] = std::fma(decay.high, row.at[j], std::fma(decay.low, row.at[j], x * y[j]));
+            }
+            s.store_row(slot, i, w.head, width, row.at);
+        }
+    }
+};
+
 // One thread, with a step's vectors and, for gradients, a state and its gradient.
 struct Worker {
     const Call& c;
@@ -107,11 +158,6 @@ struct Worker {
           state(o[padded(1)], V),
           dstate(state[padded(K)], V) {}
 
-    int64_t gate(const Walk& w, int64_t t) const { return (w.batch * c.time + t) * c.heads + w.head; }
-    double decay_of(const Walk& w, int64_t t) const {
-        return std::exp(double(c.g ? c.g[gate(w, t)] : c.g_gamma ? c.g_gamma[w.head] : 0));
-    }
-
     void load(const Walk& w, int64_t t) {
         c.k.load_row(w.batch, t, w.key_head, K, k.at);
         c.q.load_row(w.batch, t, w.key_head, K, q.at, float(c.scale));
@@ -126,7 +172,7 @@ struct Worker {
             if (slot >= 0) {
                 load(w, t);
                 c.state.row(slot, 0, w.head, [&](auto* s, auto column) {
-                    advance(w.steps > 1, s, c.state.step, column, k.at, q.at, v.at, o.at, Factor(decay_of(w, t)), K, V);
+                    advance(w.steps > 1, s, c.state.step, column, k.at, q.at, v.at, o.at, Factor(decay_of(c, w, t)), K, V);
                 });
             }
             c.o.store_row(w.batch, t, w.head, V, o.at);
@@ -160,13 +206,13 @@ struct Worker {
         for (int64_t i = w.steps - 1; i >= 0; i--) {
             const int64_t t = w.at(i);
             since += double(reads[i]) - dk_and_dv_of(w, t, Factor(decay));
-            decay = decay_of(w, t);
+            decay = decay_of(c, w, t);
             if (ends(i)) {
                 since = 0;
                 for (int j = 0; j < K; j++) since += dot(before(i)[j], dstate[j], padded(V));
                 since *= decay;
             }
-            if (c.dg) c.dg[gate(w, t)] = decay == 0 ? 0 : float(since);
+            if (c.dg) c.dg[gate(c, w, t)] = decay == 0 ? 0 : float(since);
         }
         const Factor first(decay);
         for (int i = 0; i < K; i++)
@@ -179,7 +225,7 @@ struct Worker {
     float dq_of(const Walk& w, int64_t t) {
         load(w, t);
         c.o.load_row(w.batch, t, w.head, V, o.at);
-        const Factor decay(decay_of(w, t));
+        const Factor decay(decay_of(c, w, t));
         for (int i = 0; i < K; i++) {
             Vector sum{};
             for (int j = 0; j < V; j += LANES) {
@@ -224,4 +270,11 @@ struct Worker {
 extern "C" {
 void recurrent_forward(const Call* call) { walk_all<Worker>(*call, false); }
 void recurrent_backward(const Call* call) { walk_all<Worker>(*call, true); }
+void recurrent_advance(const Call* call) {
+    with_team(call->threads, [&] {
+        FlushDenormals flush;
+        Taker taker(*call);
+        share(call->sequences * call->heads, [&](int64_t i) { taker.take(Walk(*call, i)); });
+    });
+}
 }

@@ -30,7 +30,7 @@ from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
 
 from ..call import Call, Need, Outputs, turned_gradients
-from .chunk_states import chunk_states
+from .chunk_states import Ends, chunk_states
 
 
 @triton.jit
@@ -169,11 +169,11 @@ def backward(c: Call, d: Outputs, need: Need):
 
     states = dstates = dstate = None
     if need.q or need_gate:
-        states = chunk_states(index, c, k, v, c.initial_state, None)
+        states = chunk_states(index, c, k, v, Ends(c.initial_state))
     keep = need.k or need.v or need_gate
     if keep or need.initial_state:
         dstate = torch.empty_like(c.initial_state) if need.initial_state else None
-        dstates = chunk_states(index, c, q, do, d.final_state, dstate, c.factor, reverse=True, keep=keep)
+        dstates = chunk_states(index, c, q, do, Ends(d.final_state, dstate), c.factor, reverse=True, keep=keep)
     dq, dk = (per_value_head(q, heads) if wanted else None for wanted in (need.q, need.k))
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need.v else None
     dg = v.new_empty((batch, time, heads), dtype=c.g.dtype if need.g else torch.float32) if need_gate else None
