@@ -69,7 +69,7 @@ register_backward(
 )
 register(
     call.RECURRENT,
-    cpu="fla_ops.gsa.cpu.aten_recurrent:forward",
+    cpu="fla_ops.gsa.cpu.cpp_recurrent:forward",
     cuda="fla_ops.gsa.gpu.fused_recurrent:forward",
     fake=fake.recurrent_forward,
     gradient=call.RECURRENT_GRADIENT,
@@ -83,7 +83,7 @@ register_backward(
 )
 register(
     call.STEP,
-    cpu="fla_ops.gsa.cpu.aten_recurrent:step",
+    cpu="fla_ops.gsa.cpu.cpp_recurrent:step",
     cuda="fla_ops.gsa.gpu.decoding:step",
     fake=fake.step,
     flops=_step_flops,

@@ -26,6 +26,7 @@ SOURCES = (
     "simple_gla/cpu/recurrent.cpp",
     "linear_attn/cpu/normalize.cpp",
     "attn/cpu/decoding.cpp",
+    "gsa/cpu/recurrent.cpp",
 )
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
 SERVED = (
@@ -38,6 +39,8 @@ SERVED = (
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",
+    "gsa_step_",
+    "fused_recurrent_gsa",
 )
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
 
@@ -153,6 +156,35 @@ def test_the_number_of_threads_does_not_change_a_bit(form: str) -> None:
         torch.set_num_threads(before)
     for a, b in pairwise(results):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def slot_inputs(
+    time: int, heads: tuple[int, int] = (4, 2), widths: tuple[int, int, int] = (24, 40, 20), batch: int = 2
+) -> dict[str, Tensor]:
+    """q, k, v, s and g of gsa, in float32; heads are HQ and H, widths K, V and M."""
+    (query_heads, state_heads), (key, value, slots) = heads, widths
+    return {
+        "q": draw(batch, time, query_heads, key, seed=1),
+        "k": draw(batch, time, state_heads, key, seed=2) * key**-0.5,
+        "v": draw(batch, time, state_heads, value, seed=3),
+        "s": draw(batch, time, state_heads, slots, seed=4),
+        "g": -draw(batch, time, state_heads, slots, seed=5).abs() / 8,
+    }
+
+
+@pytest.mark.parametrize("slots", [1, 33, 144])
+@pytest.mark.parametrize(("heads", "widths"), [((1, 1), (256, 5)), ((6, 2), (1, 40)), ((3, 3), (17, 130))], ids=str)
+def test_a_step_of_slots_with_any_heads_and_widths(
+    heads: tuple[int, int], widths: tuple[int, int], slots: int
+) -> None:
+    """Rows past the last four, columns past the last vector, groups that read what the first query left."""
+    arguments = {n: x[:, 0] for n, x in slot_inputs(1, heads, (*widths, slots), batch=3).items()}
+    pools = draw(3, heads[1], widths[0], slots, seed=6), draw(3, heads[1], slots, widths[1], seed=7)
+    narrow, wide = (tuple(x.to(dtype, copy=True) for x in pools) for dtype in (torch.float32, torch.float64))
+    o = fla_ops.gsa_step_(**arguments, state_k=narrow[0], state_v=narrow[1])
+    truth = fla_ops.gsa_step_(**{n: x.double() for n, x in arguments.items()}, state_k=wide[0], state_v=wide[1])
+    for x, y in zip((o, *narrow), (truth, *wide), strict=True):
+        numerics.close(x.double(), y, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
