@@ -49,7 +49,7 @@ def step(c: Step) -> Tensor:
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state_k)))
     o = c.v.new_empty((*c.q.shape[:2], c.v.shape[2]))
     q, k, v, s, g = (x.unsqueeze(1) for x in c[:5])
-    _run(library, Call(q, k, v, s, g, c.scale), o.unsqueeze(1), c.state_k, c.state_v, slots=rows)
+    _run(library, Call(q, k, v, s, g, c.scale), o.unsqueeze(1), *c.pools, slots=rows)
     return o
 
 
