@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves
 SOURCES = (
     "simple_gla/cpu/chunk.cpp",
     "simple_gla/cpu/recurrent.cpp",
+    "gated_delta_rule/cpu/chunk.cpp",
+    "gated_delta_rule/cpu/recurrent.cpp",
     "linear_attn/cpu/normalize.cpp",
     "attn/cpu/decoding.cpp",
 )
@@ -32,6 +34,9 @@ SERVED = (
     *CHUNKED,
     "fused_recurrent_simple_gla",
     "simple_gla_step_",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step_",
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",
