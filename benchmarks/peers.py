@@ -83,6 +83,8 @@ def _on_a_cpu(problem: Problem) -> Iterator[Peer]:
         yield Peer("fla-core naive_chunk", "fla-core", _by_name(naive, "naive_chunk_linear_attn"))
     elif family == "lightning_attn" and form in LONG:
         yield Peer("transformers MiniMax", "transformers", _minimax, same=False)
+    elif family == "gated_delta_rule" and form in LONG:
+        yield Peer("transformers Qwen3-Next", "transformers", _qwen3_next)
     elif family == "gsa":
         yield Peer("fla-core naive_recurrent", "fla-core", _by_name(naive, "naive_recurrent_gsa"))
     elif family == "attn":
@@ -93,6 +95,9 @@ def _on_a_cpu(problem: Problem) -> Iterator[Peer]:
         own = problem.operator.removesuffix("_step_")
         if own == "simple_gla":
             yield Peer("transformers Mamba-2 step", "transformers", _mamba2_step)
+        if own == "gated_delta_rule":
+            yield Peer("transformers Qwen3-Next step", "transformers", _qwen3_next_step)
+            return
         yield Peer("fla-core naive_recurrent", "fla-core", _one_step(own, f"naive_recurrent_{own}", "naive"))
     elif form == "parallel" and family == "simple_gla":
         yield Peer("fla-core naive_parallel", "fla-core", _by_name(naive, "naive_parallel_simple_gla"))
@@ -126,7 +131,7 @@ def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs,
 
     def make(inputs: Inputs, _variant: Any) -> Made:
         found = getattr(importlib.import_module(".".join(filter(None, ("fla.ops", family, module)))), function)
-        steps = {name: inputs[name].unsqueeze(1) for name in ("q", "k", "v", "s", "g") if name in inputs}
+        steps = {name: inputs[name].unsqueeze(1) for name in ("q", "k", "v", "s", "g", "beta") if name in inputs}
         states = tuple(inputs[name] for name in ("state", "z", "state_k", "state_v") if name in inputs)
         settings = {"initial_state": states if len(states) > 1 else states[0], "output_final_state": True}
         if "z" in inputs:
@@ -220,6 +225,22 @@ class _Ungated:
 
     def __mul__(self, x: Tensor) -> Tensor:
         return x
+
+
+def _qwen3_next(inputs: Inputs, _variant: Any) -> Made:
+    """Call the chunked gated delta rule of the Qwen3-Next model."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    given = {name: _leaf(inputs[name], inputs[name]) for name in ("q", "k", "v", "g", "beta")}
+    return lambda: torch_chunk_gated_delta_rule(*given.values()), list(given.values())
+
+
+def _qwen3_next_step(inputs: Inputs, _variant: Any) -> Made:
+    """Call the recurrent gated delta rule of the Qwen3-Next model for one step, which returns the new state."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+    steps = [inputs[name].unsqueeze(1) for name in ("q", "k", "v", "g", "beta")]
+    return lambda: torch_recurrent_gated_delta_rule(*steps, inputs["state"], True), []
 
 
 def _minimax(inputs: Inputs, _variant: Any) -> Made:

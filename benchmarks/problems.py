@@ -31,6 +31,7 @@ CUDA = {
     "attn": [{"B": 8, "T": 4096, "H": 16, "HQ": 16, **LONG}],
     "simple_gla_step_": [{"N": 256, "H": 32, **LONG}, {"N": 1, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 256, "H": 32, **LONG}],
+    "gated_delta_rule_step_": [{"N": 256, "H": 32, **LONG}],
     "gsa_step_": [{"N": 256, "H": 16, **LONG, "M": 64}],
     "attn_decoding_one_step": [{"N": 32, "T": 4096, "H": 8, "HQ": 32, **LONG}],
 }
@@ -42,6 +43,7 @@ CPU = {
     "attn": [{"B": 1, "T": 4096, "H": 4, "HQ": 4, "K": 64, "V": 64}],
     "simple_gla_step_": [{"N": 8, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 8, "H": 32, **LONG}],
+    "gated_delta_rule_step_": [{"N": 8, "H": 32, **LONG}],
     "gsa_step_": [{"N": 8, "H": 16, **LONG, "M": 64}],
     "attn_decoding_one_step": [{"N": 8, "T": 4096, "H": 2, "HQ": 8, "K": 64, "V": 64}],
 }
@@ -196,6 +198,23 @@ def _step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     }
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Divide rows by their length."""
+    return torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+def _delta(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    """Make keys of unit length, so that the state does not grow."""
+    inputs = _gated(draw, s, strong)
+    beta = draw.normal(s["B"], s["T"], s["H"], dtype=torch.float32).sigmoid()
+    return {**inputs, "k": _unit(inputs["k"]), "beta": beta}
+
+
+def _delta_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    inputs = _step(draw, s, strong)
+    return {**inputs, "k": _unit(inputs["k"]), "beta": draw.normal(s["N"], s["H"], dtype=torch.float32).sigmoid()}
+
+
 def _normalised_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     inputs = _step(draw, s, strong)
     inputs |= {name: inputs[name].exp() for name in ("q", "k")}
@@ -233,6 +252,7 @@ def _normalise(draw: Draw, s: Sizes, strong: bool) -> Inputs:
 
 TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "simple_gla_step_": Family(_step, (), roofline.state_step),
+    "gated_delta_rule_step_": Family(_delta_step, (), roofline.state_step),
     "linear_attn_step_": Family(_normalised_step, (), roofline.state_step),
     "gsa_step_": Family(_slot_step, (), roofline.state_step),
     "attn_decoding_one_step": Family(_cache_step, (), roofline.cache_step),
@@ -240,10 +260,11 @@ TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "simple_gla": Family(_gated, ("q", "k", "v", "g"), roofline.scalar_decay),
     "linear_attn": Family(_positive, ("q", "k", "v"), roofline.no_decay),
     "lightning_attn": Family(_lightning, ("q", "k", "v"), roofline.no_decay),
+    "gated_delta_rule": Family(_delta, ("q", "k", "v", "g", "beta"), roofline.delta_rule),
     "gsa": Family(_slots, ("q", "k", "v", "s", "g"), roofline.slot_attention),
     "attn": Family(_softmax, ("q", "k", "v", "g"), roofline.quadratic),
 }
-FAMILIES = ("simple_gla", "linear_attn", "lightning_attn", "gsa", "attn")
+FAMILIES = ("simple_gla", "linear_attn", "lightning_attn", "gated_delta_rule", "gsa", "attn")
 UNTIMED = {
     "lightning_decay": "a few numbers per layer, computed once",
     "simple_gla_advance_": "the decode step without its outputs",

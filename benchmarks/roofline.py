@@ -85,6 +85,18 @@ def no_decay(s: Sizes, element: int) -> tuple[Work, Work]:
     return scalar_decay(s, element, gated=False)
 
 
+def delta_rule(s: Sizes, element: int) -> tuple[Work, Work]:
+    """Count the chunkwise delta rule: the triangles of keys and of the system that is solved, beside those of linear
+    attention; what keys read of the state. Backward recomputes the states.
+    """
+    n, key, value = s["B"] * s["T"] * s["H"], s["K"], s["V"]
+    chunk = min(CHUNK, s["T"])
+    return (
+        Work(n * (2 * chunk * (key + value) + 6 * key * value), n * (element * (2 * key + 2 * value) + 8)),
+        Work(n * (chunk * (7 * key + 5 * value) + 16 * key * value), n * (element * (4 * key + 3 * value) + 16)),
+    )
+
+
 def quadratic(s: Sizes, element: int) -> tuple[Work, Work]:
     """Count forward and backward of causal products over all pairs of steps."""
     n, key, value = s["B"] * s["T"] * s.get("HQ", s["H"]), s["K"], s["V"]

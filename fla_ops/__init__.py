@@ -6,6 +6,12 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.gated_delta_rule.api import (
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    gated_delta_rule,
+    gated_delta_rule_step_,
+)
 from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_advance_, gsa_prefill_, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
@@ -51,6 +57,7 @@ __all__ = [
     "__version__",
     "attn",
     "attn_decoding_one_step",
+    "chunk_gated_delta_rule",
     "chunk_gsa",
     "chunk_lightning_attn",
     "chunk_linear_attn",
@@ -60,10 +67,13 @@ __all__ = [
     "fused_chunk_lightning_attn",
     "fused_chunk_linear_attn",
     "fused_chunk_simple_gla",
+    "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gsa",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
     "fused_recurrent_simple_gla",
+    "gated_delta_rule",
+    "gated_delta_rule_step_",
     "gsa",
     "gsa_advance_",
     "gsa_prefill_",

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter serves
 SOURCES = (
     "simple_gla/cpu/chunk.cpp",
     "simple_gla/cpu/recurrent.cpp",
+    "gated_delta_rule/cpu/chunk.cpp",
+    "gated_delta_rule/cpu/recurrent.cpp",
     "linear_attn/cpu/normalize.cpp",
     "attn/cpu/decoding.cpp",
     "gsa/cpu/recurrent.cpp",
@@ -36,6 +38,9 @@ SERVED = (
     "simple_gla_prefill_",
     "simple_gla_advance_",
     "simple_gla_states",
+    "chunk_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "gated_delta_rule_step_",
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",

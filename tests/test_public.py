@@ -86,9 +86,13 @@ def test_dir_shows_what_is_public() -> None:
     assert fla_ops.__version__ == importlib.metadata.version("fla-ops")
 
 
-@pytest.mark.parametrize("name", ["simple_gla", "linear_attn", "lightning_attn", "gsa", "attn"])
+@pytest.mark.parametrize("name", ["simple_gla", "linear_attn", "lightning_attn", "gated_delta_rule", "gsa", "attn"])
 def test_help_explains_the_arguments(name: str) -> None:
     text = getattr(fla_ops, name).__doc__
-    for word in ("[B, T, H", "natural logarithm" if name in ("simple_gla", "gsa", "attn") else "scale", "None means"):
+    for word in (
+        "[B, T, H",
+        "natural logarithm" if "linear" not in name and "lightning" not in name else "scale",
+        "None means",
+    ):
         assert word in text
     assert "module's docstring" not in text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.attn import reference as attn
+from fla_ops.gated_delta_rule import reference as gated_delta_rule
 from fla_ops.gsa import reference as gsa
 from fla_ops.lightning_attn import reference as lightning_attn
 from fla_ops.linear_attn import reference as linear_attn
@@ -49,6 +50,7 @@ def problems() -> list[Problem]:
         *_simple_gla(normal, uniform),
         *_linear_attn(normal, uniform),
         *_lightning_attn(normal),
+        *_gated_delta_rule(normal, uniform),
         *_gsa(normal, uniform),
         *_attn(normal, uniform),
     ]
@@ -126,6 +128,24 @@ def _lightning_attn(normal: Draw) -> list[Problem]:
     return [
         *(Problem(form, given, lightning_attn.recurrent, {"output_final_state": True}) for form in forms),
         Problem("lightning_decay", {"num_heads": H, **layer}, lightning_attn.decay, trained=False),
+    ]
+
+
+def _gated_delta_rule(normal: Draw, uniform: Draw) -> list[Problem]:
+    def step(state: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
+        x = {name: value[:, None] if isinstance(value, Tensor) else value for name, value in x.items()}
+        o, state = gated_delta_rule.recurrent(**x, initial_state=state)
+        return o[:, 0], state
+
+    given: dict[str, Any] = {"q": normal(B, T, HK, K), "k": normal(B, T, HK, K), "v": normal(B, T, H, V)}
+    given |= {"g": -uniform(B, T, H), "beta": uniform(B, T, H)}
+    state, normalized = normal(B, H, K, V), {"use_qk_l2norm_in_kernel": True}
+    first = {name: x[:, 0] for name, x in given.items()} | {"state": state} | normalized
+    given |= {"initial_state": state} | normalized
+    forms = ("gated_delta_rule", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    return [
+        *(Problem(form, given, gated_delta_rule.recurrent, {"output_final_state": True}) for form in forms),
+        Problem("gated_delta_rule_step_", first, step, updated=("state",), trained=False),
     ]
 
 

@@ -76,7 +76,8 @@ struct Worker : Inputs {
     void each_head(const Chunk& chunk, int64_t key_head, Body body) {
         for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
             select_head(head);
-            decay.read(c, chunk, head);
+            const double constant = c.g_gamma ? std::exp(double(c.g_gamma[head])) : 1;
+            decay.read(c.g, c.time, c.heads, constant, chunk, head);
             body(head);
         }
     }

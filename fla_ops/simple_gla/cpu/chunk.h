@@ -1,11 +1,9 @@
-// What the chunk forms of simple_gla work on: the arguments, the chunks, their decays, and who holds which states.
+// What the chunk forms of simple_gla work on: the arguments, the chunks, and who holds which states.
 
-#include "common/cpu/kernels.h"
+#include "common/cpu/chunks.h"
 
 namespace {
 
-constexpr int CHUNK = 64;  // steps in a chunk, at most
-constexpr double RESET = 9.36e-14;  // exp(-30): a step that decays as strongly has no gate gradient
 constexpr int TOGETHER = 256;  // numbers of a row of v that are read together, where that many heads can be
 constexpr int WINDOW = 8;  // chunks whose states the fused form's backward pass has at once
 
@@ -40,14 +38,6 @@ struct Call {
     States dstate;                 // [K, V]: gradient of the final state, then of the initial one; dq needs none
     float* dg;                     // [B, T, H]
     float* space;                  // as many numbers as chunk_space says
-};
-
-// Some steps in the order that they are walked: `ahead` is 1, or -1 backwards in time.
-struct Chunk {
-    int64_t batch, start;
-    int steps, ahead;
-    int64_t kept;  // which row of Call::kept is the state after it; -1: none
-    int64_t at(int i) const { return start + i * ahead; }
 };
 
 // The chunks of all sequences in the order of a walk; those of sequence n are first[n] to first[n + 1].
@@ -124,46 +114,6 @@ struct Inputs {
     }
     void store(const Steps& x, const Chunk& chunk, int64_t head, int width, Matrix from, double factor = 1) const {
         x.store(chunk.batch, chunk.start, chunk.ahead, head, chunk.steps, width, from, float(factor));
-    }
-};
-
-// The decays in one chunk of one head: products in double of the steps' factors in double, rounded once.
-struct Decay {
-    Matrix within;                // D
-    float *from_start, *to_end;   // a, b
-    double step[CHUNK], total;    // exp(g), d
-
-    explicit Decay(Space& space)
-        : within(space.matrix(CHUNK, CHUNK)), from_start(space.take(CHUNK)), to_end(space.take(CHUNK)) {}
-
-    void read(const Call& c, const Chunk& chunk, int64_t head) {
-        const double constant = c.g_gamma ? std::exp(double(c.g_gamma[head])) : 1;
-        for (int i = 0; i < chunk.steps; i++)
-            step[i] = c.g ? std::exp(double(c.g[(chunk.batch * c.time + chunk.at(i)) * c.heads + head])) : constant;
-        total = 1;
-        for (int i = 0; i < chunk.steps; i++) from_start[i] = float(total *= step[i]);
-        double since = 1;
-        for (int j = chunk.steps - 1; j >= 0; j--) {
-            to_end[j] = float(since);
-            since *= step[j];
-        }
-        for (int i = chunk.steps; i < padded(chunk.steps); i++) from_start[i] = to_end[i] = 0;
-    }
-
-    // Row i of D is row i - 1, one step older, and a one on the diagonal; of what is above it, only zeros up to the
-    // next multiple of 16, which a gate that is NaN or infinite does not touch.
-    void fill_within(int steps) {
-        double row[CHUNK];
-        for (int i = 0; i < steps; i++) {
-            const int diagonal = i / 16 * 16;
-            for (int block = 0; block < diagonal; block += 16)
-                for (int j = block; j < block + 16; j++) within[i][j] = float(row[j] *= step[i]);
-            for (int j = diagonal; j < diagonal + 16; j++) {
-                row[j] = j < i ? row[j] * step[i] : j == i;
-                within[i][j] = float(row[j]);
-            }
-        }
-        for (int i = steps; i < padded(steps); i++) std::fill(within[i], within[i] + padded(steps), 0.f);
     }
 };
 

@@ -1,0 +1,1 @@
+"""The gated delta rule: each step replaces what the state says about its key, beside a scalar decay per head."""
