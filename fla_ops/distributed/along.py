@@ -32,14 +32,17 @@ def along(mesh: Any, dim: int | str = 0) -> Callable[[Callable[..., Any]], Calla
         TypeError: if the function is no operator's, or updates a pool in place.
         ValueError: if the mesh has no such dimension, or an operator without a state has heads that do not divide.
     """
+    from torch.distributed.tensor import Shard
+
     line = _line_of(mesh, dim)
 
     def of(function: Callable[..., Any]) -> Callable[..., Any]:
-        names, axes = list(signature(function).parameters), _time_axes(function)
+        names = list(signature(function).parameters)
+        pieces = {name: (Shard(axis),) for name, axis in _time_axes(function).items()}
 
         def on_pieces(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            return _unwrapped(function(**{name: _wrapped(x, line, axes.get(name)) for name, x in given.items()}))
+            return _unwrapped(function(**{name: _wrapped(x, line, pieces.get(name)) for name, x in given.items()}))
 
         return on_pieces
 
@@ -69,16 +72,16 @@ def _time_axes(function: Callable[..., Any]) -> dict[str, int]:
     return {argument: letters.index("T") for argument, letters in axes.items() if "T" in letters}
 
 
-def _wrapped(x: Any, line: Any, time: int | None) -> Any:
-    """An argument as a DTensor: a piece, or the same on every rank."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+def _wrapped(x: Any, line: Any, piece: Any) -> Any:
+    """An argument as a DTensor: a piece that is placed so, or the same on every rank."""
+    from torch.distributed.tensor import DTensor, Replicate
 
     if isinstance(x, tuple | list):
-        return tuple(_wrapped(part, line, time) for part in x)
+        return tuple(_wrapped(part, line, piece) for part in x)
     if not isinstance(x, Tensor):
         return x
-    if time is not None:
-        return DTensor.from_local(x, line, [Shard(time)], run_check=False)
+    if piece is not None:
+        return DTensor.from_local(x, line, piece, run_check=False)
     whole = _Shared.apply(x, line.size()) if x.is_floating_point() else x  # type: ignore[no-untyped-call]
     return DTensor.from_local(whole, line, [Replicate()], run_check=False)
 
