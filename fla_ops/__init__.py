@@ -4,6 +4,7 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 `torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, C++ and ATen on a CPU.
 """
 
+from fla_ops import distributed as distributed  # runs every operator on DTensors
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
 from fla_ops.gated_delta_rule.api import (

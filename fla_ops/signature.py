@@ -40,6 +40,23 @@ SCHEMA_TYPES = {
 
 
 @dataclass(frozen=True)
+class Recurrence:
+    """What a piece of time does to the states of a call: `final = exp(sum of decays) * initial + sum of products`.
+
+    adds    by state (`initial_x`, whose end is `final_x`), the inputs whose product a step adds to it
+    decays  inputs that hold the natural logarithm of what a step keeps of the states; those that are None keep all
+    reads   where an output is linear in the state, the input that reads it and that output
+
+    Axes say which heads and widths meet. A property `recurrence` of a call returns this, or None where the states
+    follow another rule; a sequence that several processes share is then exchanged by its states alone.
+    """
+
+    adds: Mapping[str, tuple[str, ...]]
+    decays: tuple[str, ...] = ()
+    reads: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Signature:
     """One operator's arguments and results.
 
@@ -96,6 +113,11 @@ class Signature:
     def mutated(self) -> tuple[str, ...]:
         """The fields that are updated in place."""
         return tuple(name for name in self.fields if self.type_of(name) == "Pool")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what it returns."""
+        return ("o",) if self.outputs == "Tensor" else tuple(self.outputs._fields)
 
     def returned(self, results: Any) -> Any:
         """What the operator returns, from what an implementation does: a single result is no tuple."""
@@ -184,6 +206,11 @@ class Gradient:
         return (*self.saved, *(f"d{name}" for name in self.received), *self.settings, "output_mask")
 
     @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what the backward operator returns."""
+        return tuple(f"d{name}" for name in self.need._fields)
+
+    @property
     def schema(self) -> str:
         """The backward operator's schema."""
         kinds = written_types(self.of.outputs) | written_types(self.of.call)
@@ -192,7 +219,7 @@ class Gradient:
         received = [f"Tensor d{first}", *(f"Tensor? d{name}" for name in others)]
         settings = [f"{SCHEMA_TYPES[kinds[name]]} {name}" for name in self.settings]
         mask = f"bool[{len(self.need._fields)}] output_mask"
-        results = ", ".join(f"Tensor? d{name}" for name in self.need._fields)
+        results = ", ".join(f"Tensor? {name}" for name in self.results)
         return f"{self.name}({', '.join((*saved, *received, *settings, mask))}) -> ({results})"
 
     def parts_of(self, arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
+
+from ._when_imported import when_imported
 
 CHUNK = 64
 COUNTER = "torch.utils.flop_counter"
 
-_formulas: dict[Any, Callable[..., int]] = {}
-
 
 def register(packet: Any, formula: Callable[..., int]) -> None:
     """Make FlopCounterMode count `packet`: now if the counter is imported, else when it will be (it imports Triton)."""
-    _formulas[packet] = formula
-    if COUNTER in sys.modules:
-        sys.modules[COUNTER].register_flop_formula(packet)(formula)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
-
-
-class _WhenImported:
-    """A finder that registers the formulas right after the counter's module has run."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            for packet, formula in _formulas.items():
-                module.register_flop_formula(packet)(formula)
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+    when_imported(COUNTER, lambda counter: counter.register_flop_formula(packet)(formula))
 
 
 def _sizes(q: Any, v: Any) -> tuple[int, int, int, int]:

@@ -60,7 +60,7 @@ def rule(op: OpOverload, declaration: Signature | Gradient) -> Callable[..., Any
         single = isinstance(results, Tensor)
         outputs = tuple(
             None if x is None else _unfold(x, heads_axis(axes, name), info.batch_size)
-            for name, x in zip(_outputs(declaration), (results,) if single else results, strict=True)
+            for name, x in zip(declaration.results, (results,) if single else results, strict=True)
         )
         if single:
             return outputs[0], 0
@@ -114,12 +114,6 @@ def axes_of(axes: Mapping[str, str]) -> dict[str, list[str]]:
 def heads_axis(axes: Mapping[str, list[str]], name: str) -> int | None:
     """Which axis of a tensor is that of its heads."""
     return next((i for i, letter in enumerate(axes.get(name, ())) if letter in HEADS), None)
-
-
-def _outputs(declaration: Signature | Gradient) -> tuple[str, ...]:
-    if isinstance(declaration, Gradient):
-        return tuple(f"d{name}" for name in declaration.need._fields)
-    return ("o",) if declaration.outputs == "Tensor" else tuple(declaration.outputs._fields)
 
 
 def _fold(x: Tensor, dim: int | None, heads: int | None, size: int) -> Tensor:

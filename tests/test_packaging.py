@@ -103,10 +103,11 @@ print(*(set(sys.modules) - before))
 """
 
 
-def test_import_loads_neither_triton_nor_a_launcher() -> None:
+def test_import_loads_neither_triton_nor_a_launcher_nor_dtensor() -> None:
     loaded = run(sys.executable, "-c", IMPORT, cwd=ROOT).split()
     assert "fla_ops.simple_gla.api" in loaded
     assert "triton" not in loaded
+    assert "torch.distributed.tensor" not in loaded
     launchers = {"chunk", "fused_chunk", "parallel", "fused_recurrent", "decoding", "aten", "host"}
     assert [name for name in loaded if name.startswith("fla_ops.") and name.split(".")[-1] in launchers] == []
 

@@ -68,6 +68,11 @@ RULES = [
         only=("torch", "triton", *CHECKS, "{family}", "fla_ops.common.gpu", "fla_ops.launch"),
         never=(*PUBLIC, "fla_ops.*.cpu"),
     ),
+    Rule(
+        "sharding",
+        ("fla_ops.distributed",),
+        only=("torch", "fla_ops.distributed", "fla_ops.registrations", *CHECKS),
+    ),
     Rule("launch settings", ("fla_ops.launch",), only=("torch", "triton", "fla_ops.launch")),
     Rule(
         "integrations",

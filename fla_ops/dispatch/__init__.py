@@ -90,12 +90,20 @@ class Family:
         family = self.signature.name
         if c.mode in refused:
             raise NotImplementedError(f"{family} with mode={c.mode!r}: {'; '.join(refused[c.mode])}")
-        order = self.order(c) if c.mode == "auto" else (c.mode,)
+        order = self._preferred(c) if c.mode == "auto" else (c.mode,)
         served = [by_name[name] for name in order if name not in refused]
         if not served:
             everything = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused.items())
             raise NotImplementedError(f"no form of {family} serves this call: {everything}")
         return Choice(served[0], order, refused)
+
+    def _preferred(self, c: Any) -> tuple[str, ...]:
+        """The order for what this rank has of the call; along a sharded time, forms with a state come first."""
+        order = self.order(_on_this_rank(c))
+        if not is_shared_in_time(c.v):
+            return order
+        by_name = {form.name: form for form in self.forms}
+        return tuple(sorted(order, key=lambda name: "output_final_state" not in by_name[name].signature.fields))
 
     def dispatch(self, c: Any) -> Any:
         """The body of the dispatcher's operator: a call of the chosen form's operator."""
@@ -121,6 +129,17 @@ def dispatcher(
 def known(condition: Any) -> bool:
     """Whether a condition on sizes certainly holds, without a guard on a symbolic size."""
     return bool(statically_known_true(condition))
+
+
+def is_shared_in_time(x: Tensor) -> bool:
+    """Whether x [B, T, ...] is a DTensor of which each rank holds other steps."""
+    return any(placement.is_shard(1) for placement in getattr(x, "placements", ()))
+
+
+def _on_this_rank(c: Any) -> Any:
+    """The call with the tensors that this rank has, where it has DTensors: what is fast depends on its share."""
+    local = {name: x.to_local() for name, x in zip(c._fields, c, strict=True) if hasattr(x, "to_local")}
+    return c._replace(**local) if local else c
 
 
 def wants_gradient(c: Any) -> bool:

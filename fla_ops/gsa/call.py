@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fla_ops.signature import Gradient, Pool, Signature, Size, scale_or_default
+from fla_ops.signature import Gradient, Pool, Recurrence, Signature, Size, scale_or_default
 
 # The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
 AXES = {
@@ -29,6 +29,7 @@ AXES = {
     "states_k": "C H K M",
     "states_v": "C H M V",
 }
+GATED = Recurrence({"initial_k": ("k", "s"), "initial_v": ("s", "v")}, decays=("g",))
 STEP_AXES = {
     "q": "N HQ K",
     "v": "N H V",
@@ -89,6 +90,11 @@ class Call(NamedTuple):
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this call."""
         return AXES
+
+    @property
+    def recurrence(self) -> Recurrence | None:
+        """What a piece of time does to the states; without g it depends on all steps before."""
+        return None if self.g is None else GATED
 
     @property
     def factor(self) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fla_ops.signature import Gradient, Pool, Signature, Size, scale_or_default
+from fla_ops.signature import Gradient, Pool, Recurrence, Signature, Size, scale_or_default
 
 # The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
 AXES = {
@@ -32,6 +32,7 @@ NORMALIZE_AXES = {
     "normalized": "B T H V",
     "final_z": "N 1 H K",
 }
+RUNNING_SUM = Recurrence({"initial_z": ("k",)})
 STEP_AXES = {
     "q": "N HK K",
     "v": "N H V",
@@ -99,6 +100,11 @@ class Normalize(NamedTuple):
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this call."""
         return NORMALIZE_AXES
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """What a piece of time does to the running sum."""
+        return RUNNING_SUM
 
     @property
     def factor(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fla_ops.signature import Gradient, Pool, Signature, Size, scale_or_default
+from fla_ops.signature import Gradient, Pool, Recurrence, Signature, Size, scale_or_default
 
 # The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
 AXES = {
@@ -26,6 +26,7 @@ AXES = {
 }
 STATE_V_FIRST_AXES = {"initial_state": "N H V K (state_v_first=True)", "final_state": "N H V K"}
 STATE_V_FIRST = AXES | STATE_V_FIRST_AXES
+RECURRENCE = Recurrence({"initial_state": ("k", "v")}, decays=("g", "g_gamma"), reads=("q", "o"))
 STEP_AXES = {
     "q": "N HK K",
     "v": "N H V",
@@ -97,6 +98,11 @@ class Call(NamedTuple):
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this call."""
         return STATE_V_FIRST if self.state_v_first else AXES
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """What a piece of time does to the state."""
+        return RECURRENCE
 
     @property
     def factor(self) -> float:

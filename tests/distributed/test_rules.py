@@ -1,0 +1,96 @@
+"""Every operator on DTensors, along every axis: values, gradients and what is updated in place are one process's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._library.simple_registry import singleton
+
+import fla_ops
+from tests.cases import COMBINATION, Case, cases
+from tests.contract.helpers import is_typical, operators
+from tests.distributed import comparing
+from tests.distributed.pool import Pool
+
+AXES = ("replicate", "batch", "heads", "time", "pool")
+CROSSING = (0, 1, 1, 5, 5)  # of the border between two ranks; two sequences are empty
+
+
+def sizes_of(case: Case) -> dict[str, Any]:
+    """Heads that two ranks can share, and sequences that cross the border."""
+    heads = {"HK": 2, "H": 4} if "HK" in case.sizes else {"HQ": 4, "H": 2} if "HQ" in case.sizes else {}
+    in_time = "offsets" in case.sizes and case.axis("q", "T") and case.sizes.keys() >= {"T"}
+    return heads | ({"offsets": CROSSING} if in_time else {})
+
+
+def has(case: Case, axis: str) -> bool:
+    """Whether the first output has such an axis, or for a pool, whether the call addresses rows of one."""
+    if axis == "pool":
+        return "slots" in case.given
+    return axis == "replicate" or any(case.axis(case.outputs[0], letter) for letter in comparing.LETTERS[axis])
+
+
+def selected(operator: str, quick: bool) -> list[Case]:
+    """The least and the most of optional inputs, packed ones among them; or all combinations."""
+    found = cases(operator, COMBINATION)
+    if not quick:
+        return found
+    packed = [case for case in found if "cu_seqlens" in case.given][-1:]
+    return list({str(case): case for case in (*filter(is_typical, found), *packed)}.values())
+
+
+WITH_AXES = [(op.name, axis) for op in operators() for axis in AXES if any(has(c, axis) for c in cases(op.name))]
+
+
+def check(pair: Pool, operator: str, axis: str, quick: bool) -> None:
+    """The cases along this axis; where it can be sharded, what comes out is."""
+    found = [case for case in selected(operator, quick) if has(case, axis)]
+    calls = [(str(case), (axis,), sizes_of(case)) for case in found]
+    for case, placements in zip(found, pair.run(comparing.compare_all, calls), strict=True):
+        packed = axis == "batch" and "cu_seqlens" in case.given
+        expected = "R" if axis == "replicate" or packed else "P(sum)" if axis == "pool" else "S("
+        if axis == "batch" and "slots" in case.given:
+            expected = "R"  # the pool does not move
+        assert placements[case.outputs[0]][0].startswith(expected), (str(case), placements)
+
+
+@pytest.mark.parametrize(("operator", "axis"), WITH_AXES)
+def test_values_and_gradients(pair: Pool, operator: str, axis: str) -> None:
+    check(pair, operator, axis, quick=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("operator", "axis"), WITH_AXES)
+def test_every_combination_of_optional_inputs(pair: Pool, operator: str, axis: str) -> None:
+    check(pair, operator, axis, quick=False)
+
+
+def test_every_operator_has_a_rule() -> None:
+    """Here fla_ops is imported before DTensor; the processes of the pool import DTensor first."""
+    from torch.distributed.tensor import DTensor
+
+    names = [name for name, operator in fla_ops.ops().items() if operator.kind != "composite"]
+    rules = {name: singleton.find(f"fla::{name}").torch_dispatch_rules.find(DTensor) for name in names}
+    assert not [name for name, rule in rules.items() if rule is None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_dtypes(pair: Pool, dtype: torch.dtype) -> None:
+    names = ("chunk_simple_gla-g+initial_state", "gsa-g+initial_k+initial_v", "parallel_attn-g+sink_bias")
+    calls = [(n, (axis,), sizes_of(comparing.by_name()[n]), (2,), dtype) for n in names for axis in ("heads", "time")]
+    pair.run(comparing.compare_all, calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param("chunk_simple_gla-g", {"HK": 1, "H": 4}, id="one-key-head-for-all"),
+        pytest.param("chunk_gsa-g", {"HQ": 4, "H": 1}, id="one-state-for-all-query-heads"),
+        pytest.param("gsa_step_-slots", {"HQ": 4, "H": 1}, id="one-pool-for-all-query-heads"),
+        pytest.param("chunk_simple_gla-g", {}, id="three-key-heads-on-two-ranks"),
+    ],
+)
+def test_heads_that_ranks_cannot_split_are_whole_on_each(pair: Pool, name: str, sizes: dict[str, int]) -> None:
+    assert pair.run(comparing.compare, name, ("heads",), sizes)
