@@ -24,6 +24,7 @@ from fla_ops.linear_attn.api import (
 )
 from fla_ops.registrations._inline import decompositions, inlining
 from fla_ops.registrations._op import OPERATORS, Operator
+from fla_ops.registrations._taken import refuse_calls
 from fla_ops.simple_gla.api import (
     chunk_simple_gla,
     fused_chunk_simple_gla,
@@ -75,6 +76,8 @@ __all__ = [
     "simple_gla",
     "simple_gla_step_",
 ]
+
+refuse_calls(globals(), [name for name in __all__ if name != "__version__"])
 
 
 def __dir__() -> list[str]:
