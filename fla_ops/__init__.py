@@ -31,6 +31,7 @@ from fla_ops.linear_attn.api import (
 )
 from fla_ops.registrations._inline import decompositions, inlining
 from fla_ops.registrations._op import OPERATORS, Operator
+from fla_ops.registrations._taken import refuse_calls
 from fla_ops.simple_gla.api import (
     chunk_simple_gla,
     fused_chunk_simple_gla,
@@ -94,6 +95,8 @@ __all__ = [
     "simple_gla_states",
     "simple_gla_step_",
 ]
+
+refuse_calls(globals(), [name for name in __all__ if name != "__version__"])
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from fla_ops.signature import Gradient, Signature
 
-from . import _autocast, _flops, _gradient, _inline, _vmap
+from . import _autocast, _flops, _gradient, _inline, _taken, _vmap
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -75,6 +75,8 @@ def register(
     flops      FLOP formula over a call of shapes, for `torch.utils.flop_counter`
     inline     per device type, "module:function" of a body that may stand in for the operator in compiled code
     """
+    if not _taken.is_free(NAMESPACE, signature.name):
+        return
 
     def adapt(function: Callable[[], Function]) -> Function:
         return lambda *args: signature.returned(function()(signature.call_of(args)))
@@ -103,6 +105,8 @@ def register_backward(
     """Register the operator that computes a gradient. Its functions take the call, the outputs' gradients, the flags of
     what is wanted, and the saved outputs if there are any. They return a gradient, or None, for each flag.
     """
+    if not _taken.is_free(NAMESPACE, gradient.name):
+        return
 
     def adapt(function: Callable[[], Function]) -> Function:
         return lambda *args: function()(*gradient.parts_of(args))
@@ -119,6 +123,8 @@ def register_composite(signature: Signature, function: str) -> None:
     """Register an operator that only composes others: a trace shows what it called, autograd and autocast follow from
     those.
     """
+    if not _taken.is_free(NAMESPACE, signature.name):
+        return
     op = _define(signature, signature.schema, ())
     for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
         LIBRARY.impl(signature.name, lambda *args: signature.returned(resolve(function)(signature.call_of(args))), key)

@@ -102,7 +102,7 @@ def attention(
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if steps == 1 and not recorded and query.device.type != "cpu":
         return _newest(q, k, v, g, scaling, window, s_aux), None
-    return _last_rows(query, key, value, decay, scaling, window, s_aux), None
+    return last_rows(query, key, value, decay, scaling, window, s_aux), None
 
 
 def _padding_ends(attention_mask: Tensor | None, kv_offset: int, kv_length: int) -> Tensor | None:
@@ -162,7 +162,7 @@ def _newest(
     return o.transpose(0, 1)
 
 
-def _last_rows(
+def last_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
