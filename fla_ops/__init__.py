@@ -6,7 +6,7 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
-from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_step_
+from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_advance_, gsa_prefill_, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
     fused_chunk_lightning_attn,
@@ -65,6 +65,8 @@ __all__ = [
     "fused_recurrent_linear_attn",
     "fused_recurrent_simple_gla",
     "gsa",
+    "gsa_advance_",
+    "gsa_prefill_",
     "gsa_step_",
     "inlining",
     "lightning_attn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fla_ops.gsa import checks
-from fla_ops.gsa.call import Call, Kept, Outputs, Step
+from fla_ops.gsa.call import Call, Kept, Outputs, Prefill, Step
 from fla_ops.validation import Sizes, state_dtype
 
 
@@ -29,6 +29,13 @@ def recurrent_forward(c: Call) -> Outputs:
     sizes = checks.inputs(c)
     final = _states(c, sizes, c.output_final_state, "final_k", "final_v")
     return Outputs(c.v.new_empty(sizes.of(c.axes["o"])), *final)
+
+
+advance = checks.advance
+
+
+def prefill(c: Prefill) -> Tensor:
+    return c.v.new_empty(checks.prefill(c).of(c.axes["o"]))
 
 
 def step(c: Step) -> Tensor:

@@ -47,6 +47,12 @@ def _step_flops(c: Any) -> int:
     return int((2 * c.q[0] * c.q[1] + 3 * c.v[0] * c.v[1]) * c.s[2] * (c.q[2] + c.v[2]))
 
 
+def _advance_flops(c: Any) -> int:
+    """Decay and outer product of both states at each step, if all are taken."""
+    sequences, time, heads, value = c.v
+    return int(sequences * time * heads * 3 * c.s[3] * (c.k[3] + value))
+
+
 register(
     call.CHUNK_FORWARD,
     cpu="fla_ops.gsa.cpu.aten:chunk_forward",
@@ -83,5 +89,11 @@ register(
     flops=_step_flops,
     tags=(),
 )
+for signature, name, shapes, flops in (
+    (call.PREFILL, "prefill", fake.prefill, _chunk_flops),
+    (call.ADVANCE, "advance", fake.advance, _advance_flops),
+):
+    body = f"fla_ops.gsa.compose:{name}"
+    register(signature, cpu=body, cuda=body, fake=shapes, flops=flops, tags=())
 register_composite(call.CHUNK, "fla_ops.gsa.forms:chunk")
 register_composite(call.DISPATCHER, "fla_ops.gsa.forms:dispatch")

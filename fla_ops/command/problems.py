@@ -138,16 +138,34 @@ def _gsa(normal: Draw, uniform: Draw) -> list[Problem]:
         o, *states = gsa.recurrent(**first, initial_k=state_k, initial_v=state_v)
         return (o[:, 0], *states)
 
+    def prefill(state_k: Tensor, state_v: Tensor, slots: Tensor, **x: Any) -> Any:
+        o, *states = gsa.recurrent(**x, initial_k=state_k[slots], initial_v=state_v[slots])
+        return (o, *(y.index_copy(0, slots, z) for y, z in zip((state_k, state_v), states, strict=True)))
+
+    def advance(state_k: Tensor, state_v: Tensor, accepted: Tensor, **x: Any) -> Any:
+        taken = (torch.arange(x["k"].shape[1], device=accepted.device) < accepted[:, None])[..., None, None]
+        x = {name: value * taken for name, value in x.items()}
+        return tuple(gsa.recurrent(x["k"], **x, initial_k=state_k, initial_v=state_v)[1:])
+
     activations = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V)}
     activations |= {"s": uniform(B, T, HK, M), "g": -uniform(B, T, HK, M)}
     states = normal(B, HK, K, M), normal(B, HK, M, V)
     first = {name: x[:, 0] for name, x in activations.items()} | {"state_k": states[0], "state_v": states[1]}
     given = activations | {"initial_state": states}
+    pooled = activations | {
+        "state_k": normal(3, HK, K, M),
+        "state_v": normal(3, HK, M, V),
+        "slots": torch.tensor([2, 0]),
+    }
+    drafted = {name: x[:, :5] for name, x in activations.items() if name != "q"} | {"accepted": torch.tensor([2, 5])}
+    drafted |= {"state_k": states[0], "state_v": states[1]}
     return [
         *(
             Problem(form, given, recurrent, {"output_final_state": True})
             for form in ("gsa", "chunk_gsa", "fused_recurrent_gsa")
         ),
+        Problem("gsa_advance_", drafted, advance, updated=("state_k", "state_v"), trained=False),
+        Problem("gsa_prefill_", pooled, prefill, updated=("state_k", "state_v"), trained=False),
         Problem("gsa_step_", first, step, updated=("state_k", "state_v"), trained=False),
     ]
 

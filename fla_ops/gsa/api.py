@@ -164,6 +164,60 @@ def gsa_step_(
     return o
 
 
+@public
+def gsa_prefill_(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor,
+    scale: float | None = None, slots: Tensor | None = None, fresh: Tensor | None = None,
+    state_v_first: bool = False, cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None,
+    chunk_size: int | None = 64,
+) -> Tensor:  # fmt: skip
+    """Sequences of any lengths whose states live in two pools: each starts from its rows, which then hold its final
+    states. For prompts, pieces of prompts and single tokens in one call; it has no gradient.
+
+    Equal, bit for bit, to chunk_gsa from the rows' states, with what it returns put back into the rows; so it is made.
+
+    Args:
+        q, k, v, s, g, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.gsa)` says.
+        state_k, state_v, state_v_first, slots: as in gsa_step_; a padded sequence's output is zero.
+        fresh: [N] bool, which sequences start from zeros, whatever their rows hold (NaN too). None means that none
+            does. A sequence without steps leaves its rows alone, or zeros them if it is fresh.
+        chunk_size: as in chunk_gsa.
+
+    Returns:
+        o [B, T, HQ, V] in v's dtype.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o: Tensor = torch.ops.fla.gsa_prefill_(
+        q, k, v, s, g, state_k, state_v, scale, slots, fresh, state_v_first, cu_seqlens, cu_seqlens_cpu,
+        steps_or_default(chunk_size),
+    )  # fmt: skip
+    return o
+
+
+@public
+def gsa_advance_(
+    k: Tensor, v: Tensor, s: Tensor, g: Tensor, state_k: Tensor, state_v: Tensor, accepted: Tensor,
+    slots: Tensor | None = None, state_v_first: bool = False,
+) -> None:  # fmt: skip
+    """The first few of T steps for N sequences whose states live in two pools, updated in place, without outputs: what
+    is kept of drafted tokens. It has no gradient.
+
+    Equal to as many calls of gsa_step_. Half-precision pools are rounded once, at the end.
+
+    Args:
+        k: [N, T, H, K]. v: [N, T, H, V]. s, g: [N, T, H, M]. As `help(fla_ops.gsa)` says.
+        state_k, state_v, state_v_first, slots: as in gsa_step_.
+        accepted: [N] int32 or int64, how many steps each sequence takes, from 0 to T. Another number is a ValueError on
+            a CPU; on a GPU, where no value can be read back, one below 0 counts as 0, and one above T as T.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    torch.ops.fla.gsa_advance_(k, v, s, g, state_k, state_v, accepted, slots, state_v_first)
+
+
 @overload
 def gsa(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,29 @@ STEP_AXES = {
     "state_v": "P H M V",
     "o": "N HQ V",
 }
-WITHOUT_SLOTS = STEP_AXES | {"state_k": "N H K M (without slots)", "state_v": "N H M V (without slots)"}
-STEP_V_FIRST = STEP_AXES | {"state_k": "P H M K (state_v_first=True)", "state_v": "P H V M (state_v_first=True)"}
-STEP_V_FIRST_WITHOUT_SLOTS = STEP_AXES | {
-    "state_k": "N H M K (state_v_first=True, without slots)",
-    "state_v": "N H V M (state_v_first=True, without slots)",
+ADVANCE_AXES = {
+    "k": "N T H K",
+    "v": "N T H V",
+    "s": "N T H M",
+    "state_k": "P H K M",
+    "g": "N T H M",
+    "accepted": "N",
+    "slots": "N",
+    "state_v": "P H M V",
+}
+PREFILL_AXES = {
+    "q": "B T HQ K",
+    "v": "B T H V",
+    "s": "B T H M",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "state_k": "P H K M",
+    "k": "B T H K",
+    "g": "B T H M",
+    "slots": "N",
+    "fresh": "N",
+    "state_v": "P H M V",
+    "o": "B T HQ V",
 }
 
 
@@ -102,6 +120,15 @@ class Call(NamedTuple):
         return (time + self.sequences * (steps - 1)) // steps
 
 
+def pool_axes(c: Any) -> dict[str, str]:
+    """The axes of the pools that a call updates."""
+    rows, notes = ("N", ["without slots"]) if c.slots is None else ("P", [])
+    layouts = ("M K", "V M") if c.state_v_first else ("K M", "M V")
+    notes = ["state_v_first=True"] * c.state_v_first + notes
+    note = f" ({', '.join(notes)})" if notes else ""
+    return {name: f"{rows} H {axes}{note}" for name, axes in zip(("state_k", "state_v"), layouts, strict=True)}
+
+
 class Step(NamedTuple):
     """One decode step."""
 
@@ -119,9 +146,7 @@ class Step(NamedTuple):
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this step."""
-        if self.state_v_first:
-            return STEP_V_FIRST_WITHOUT_SLOTS if self.slots is None else STEP_V_FIRST
-        return WITHOUT_SLOTS if self.slots is None else STEP_AXES
+        return STEP_AXES | pool_axes(self)
 
     @property
     def pools(self) -> tuple[Tensor, Tensor]:
@@ -132,6 +157,64 @@ class Step(NamedTuple):
     def factor(self) -> float:
         """What q is multiplied by."""
         return scale_or_default(self.scale, self.q)
+
+
+class Advance(NamedTuple):
+    """Some of the steps that were drafted for each sequence, taken into its rows of both pools."""
+
+    k: Tensor
+    v: Tensor
+    s: Tensor
+    g: Tensor
+    state_k: Pool
+    state_v: Pool
+    accepted: Tensor
+    slots: Tensor | None = None
+    state_v_first: bool = False
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return ADVANCE_AXES | pool_axes(self)
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """The states as [P, H, K, M] and [P, H, M, V], in place."""
+        return (self.state_k.mT, self.state_v.mT) if self.state_v_first else (self.state_k, self.state_v)
+
+
+class Prefill(NamedTuple):
+    """Sequences of any lengths, from rows of both pools to the same rows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: Tensor
+    g: Tensor
+    state_k: Pool
+    state_v: Pool
+    scale: float | None = None
+    slots: Tensor | None = None
+    fresh: Tensor | None = None
+    state_v_first: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return PREFILL_AXES | pool_axes(self)
+
+    @property
+    def pools(self) -> tuple[Tensor, Tensor]:
+        """The states as [P, H, K, M] and [P, H, M, V], in place."""
+        return (self.state_k.mT, self.state_v.mT) if self.state_v_first else (self.state_k, self.state_v)
+
+    def call(self, initial_k: Tensor, initial_v: Tensor) -> Call:
+        """The form's call from states to states that are returned."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        return Call(**shared, initial_k=initial_k, initial_v=initial_v, output_final_state=True)
 
 
 class Outputs(NamedTuple):
@@ -190,6 +273,8 @@ CHUNK = Signature("chunk_gsa", Call, Outputs, without=("reverse", "mode"))
 CHUNK_FORWARD = Signature("chunk_gsa_forward", Call, Kept, without=("reverse", "mode"), last=("checkpoint_level",))
 RECURRENT = Signature("fused_recurrent_gsa", Call, Outputs, without=("checkpoint_level", "chunk_size", "mode"))
 STEP = Signature("gsa_step_", Step, "Tensor")
+PREFILL = Signature("gsa_prefill_", Prefill, "Tensor")
+ADVANCE = Signature("gsa_advance_", Advance, "()")
 DISPATCHER = Signature("gsa", Call, Outputs, last=("reverse", "mode"))
 
 CHUNK_GRADIENT = Gradient(

@@ -6,7 +6,7 @@ import torch
 
 from fla_ops import validation as valid
 
-from .call import Call, Step
+from .call import Advance, Call, Prefill, Step
 
 GROUPED = ("q", "HQ", "k, v, s and g", "H")  # each head of these serves HQ // H query heads
 
@@ -24,7 +24,7 @@ def inputs(c: Call) -> valid.Sizes:
     return sizes
 
 
-def step(c: Step) -> valid.Sizes:
+def step(c: Step | Prefill) -> valid.Sizes:
     """The arguments of one decode step; sizes may be symbolic."""
     sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
@@ -34,5 +34,25 @@ def step(c: Step) -> valid.Sizes:
     return sizes
 
 
+def prefill(c: Prefill) -> valid.Sizes:
+    """The arguments of a prefill into pools; sizes may be symbolic."""
+    sizes = step(c)
+    valid.mask(fresh=c.fresh)
+    valid.chunk_size(c.chunk_size)
+    return sizes
+
+
+def advance(c: Advance) -> None:
+    """The arguments of the steps that are taken; sizes may be symbolic."""
+    valid.axes(c)
+    valid.same_dtype(k=c.k, v=c.v)
+    valid.floating(s=c.s, g=c.g)
+    valid.pools(c, "state_k", "state_v")
+    valid.integral(accepted=c.accepted)
+    valid.same_device(c)
+
+
 eager = valid.once(inputs)
 eager_step = valid.once(step, pools=("state_k", "state_v"))
+eager_prefill = valid.once(prefill, pools=("state_k", "state_v"))
+eager_advance = valid.once(advance, pools=("state_k", "state_v"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fla_ops.gsa import reference
 from tests.cases import COMBINATION, EXPORT, INDUCTOR, SMALL, Case, Draw, Inputs, register, strided, subsets_of
+from tests.gsa import serving
 
 DIFFERENTIABLE = ("q", "k", "v", "s", "g", "initial_k", "initial_v")
 FORMS = ("chunk_gsa", "fused_recurrent_gsa", "gsa")
@@ -259,3 +260,5 @@ for form in FORMS:
     register_scenarios(form)
     register_combinations(form)
 register_steps()
+serving.register_prefill()
+serving.register_advance()

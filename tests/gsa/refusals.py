@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.gsa.cases import FORMS
 from tests.refusals import Refusal, Row, beside_a_batch, by_id, of_chunk_size, of_packs, of_slots
 
@@ -39,4 +41,30 @@ def of_step() -> list[Refusal]:
     ]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step()]
+def of_prefill() -> list[Refusal]:
+    """What the prefill refuses; neither pool is touched."""
+    found = by_id("gsa_prefill_")
+    batch = found["batch-with-padding"]
+    larger = r"state_k must be \[N, H, K, M\] .* = \(3, 3, 10, 8\), got \(9, 3, 10, 8\)"
+    rows: list[Row] = [
+        ("pools-larger-than-N", batch, {"slots": None}, ValueError, larger),
+        *of_packs(found["packed-int32"]),
+        beside_a_batch(batch.resized(B=2), "slots", "fresh"),
+        *of_slots(batch.resized(B=4)),
+        *of_chunk_size(batch),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
+def of_advance() -> list[Refusal]:
+    """What an advance refuses; neither pool is touched."""
+    pool = by_id("gsa_advance_")["pools-with-padding"]
+    larger = r"state_k must be \[N, H, K, M\] .* = \(4, 3, 10, 8\), got \(9, 3, 10, 8\)"
+    rows: list[Row] = [("pools-larger-than-N", pool, {"slots": None}, ValueError, larger), *of_slots(pool)]
+    for reason, count in (("more-than-there-are", 6), ("fewer-than-none", -1)):
+        message = rf"accepted must be in \[0, T\] with T = 5, got {count}"
+        rows.append((reason, pool, {"accepted": torch.tensor([0, 1, count, 2])}, ValueError, message))
+    return [Refusal(*row) for row in rows]
+
+
+REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step(), *of_prefill(), *of_advance()]
