@@ -22,10 +22,11 @@ def prefill(c: Prefill) -> Tensor:
     slots = _known(c.slots, len(c.state_k))
     held = [_read(pool, slots) for pool in c.pools]
     initial = held if c.fresh is None else [torch.where(for_rows(c.fresh, x), 0, x) for x in held]
+    o: Tensor
     o, *final = torch.ops.fla.chunk_gsa_forward(*CHUNK_FORWARD.arguments_of(c.call(*initial)))[:3]
     for pool, before, after in zip(c.pools, held, final, strict=True):
         rows.write_(pool, slots, before, after)
-    if c.slots is None:
+    if c.slots is None or slots is None:
         return o
     instead = torch.where(c.slots == -1, 0.0, torch.nan).to(o.dtype)
     if c.cu_seqlens is None:

@@ -92,7 +92,7 @@ struct Worker : Inputs {
             if (transposed)
                 product(Left::transposed(v), weighted, state_transposed(w, at, head), padded(V), steps, padded(K));
             else
-                product(Left::transposed(weighted), v, state(w, at, head), padded(K), steps, padded(V));
+                product(Left::transposed(weighted), v, state(w, at, head), padded(K), chunk.steps, padded(V));
         });
     }
 
@@ -146,10 +146,10 @@ struct Worker : Inputs {
     void write_output(const Chunk& chunk, int64_t head, Matrix before) {
         int steps = padded(chunk.steps);
         decay.fill_within(chunk.steps);
-        product(q, before, o, steps, padded(K), padded(V));
+        product(q, before, o, chunk.steps, padded(K), padded(V));  // a row past the last is not stored
         scale_rows(o, decay.from_start, o, steps, padded(V));
         times_lower(scores, decay.within, weights, steps);
-        product(weights, v, o, steps, steps, padded(V), true, UP_TO_ROW);
+        product(weights, v, o, chunk.steps, steps, padded(V), true, UP_TO_ROW);
         store(c.o, chunk, head, V, o);
     }
 
@@ -170,9 +170,7 @@ struct Worker : Inputs {
     // The fused form: each chunk's outputs, then the state after it, which never leaves the cache.
     void walk_forward(const Window& w) {
         const int64_t first = w.first_head * group, heads = (w.last_head - w.first_head) * group;
-        auto row_of = [&](int i) { return state(w, w.first, first + i / K)[i % K]; };
-        std::fill_n(w.states, heads * Matrix::numbers(K, V), 0.f);
-        for (int i = 0; i < heads * K; i++) c.state.load(w.first_sequence, first + i / K, i % K, V, row_of(i));
+        for (int64_t i = first; i < first + heads; i++) load_state(w.first_sequence, i, state(w, w.first, i));
         for (int64_t at = chunks.first[w.first_sequence]; at < chunks.first[w.last_sequence]; at++) {
             const Chunk& chunk = chunks.all[at];
             int steps = padded(chunk.steps);
@@ -184,14 +182,14 @@ struct Worker : Inputs {
                     Matrix s = state(w, w.first, head);
                     if (c.o.data) write_output(chunk, head, s);
                     scale_rows(k, decay.to_end, weighted, steps, padded(K));
-                    product(Left::transposed(weighted), v, added, padded(K), steps, padded(V));
+                    product(Left::transposed(weighted), v, added, padded(K), chunk.steps, padded(V));
                     advance(s);
                     if (chunk.kept >= 0)
                         for (int i = 0; i < K; i++) c.kept.store_row(chunk.kept, i, head, V, s[i]);
                 });
             }
         }
-        for (int i = 0; i < heads * K; i++) c.state.store(w.first_sequence, first + i / K, i % K, V, row_of(i));
+        for (int64_t i = first; i < first + heads; i++) store_state(w.first_sequence, i, state(w, w.first, i));
     }
 
     void write_gradients(const Window& w, int64_t at, int64_t key_head) {

@@ -23,6 +23,14 @@ struct States {
     void store(int64_t n, int64_t head, int64_t row, int width, const float* x) const {
         if (slot(n) >= 0) pool.store_row(slot(n), row, head, width, x);
     }
+
+    // Of a state whose rows are columns in memory, the transposed one; its rows are dense.
+    bool lies_transposed() const { return pool.step == 1; }
+    States transposed() const {
+        States t = *this;
+        std::swap(t.pool.step, t.pool.column);
+        return t;
+    }
 };
 
 // The arguments of all operators, as cpp.py passes them. Pointers are null where there is nothing to pass.
@@ -77,6 +85,7 @@ struct Inputs {
     int64_t first_head = 0;  // key head
     Matrix all_q, all_k, all_v, all_o;
     Matrix q, k, v, o;
+    Matrix state_in_memory;  // [V, K], where it lies so
 
     Inputs(const Call& c, Space& space)
         : c(c),
@@ -90,7 +99,30 @@ struct Inputs {
           q(all_q),
           k(all_k),
           v(all_v),
-          o(all_o) {}
+          o(all_o),
+          state_in_memory(space.matrix(V, K)) {}
+
+    // The state of one sequence and head, from the pool into a matrix [K, V] and back.
+    void load_state(int64_t n, int64_t head, Matrix s) const {
+        if (c.state.lies_transposed()) {
+            const States lying = c.state.transposed();
+            for (int j = 0; j < V; j++) lying.load(n, head, j, K, state_in_memory[j]);
+            for (int j = V; j < padded(V); j++) std::fill_n(state_in_memory[j], padded(K), 0.f);
+            transpose(state_in_memory, s, padded(V), padded(K));
+        } else {
+            for (int i = 0; i < K; i++) c.state.load(n, head, i, V, s[i]);
+            for (int i = K; i < padded(K); i++) std::fill_n(s[i], padded(V), 0.f);
+        }
+    }
+    void store_state(int64_t n, int64_t head, Matrix s) const {
+        if (c.state.lies_transposed()) {
+            const States lying = c.state.transposed();
+            transpose(s, state_in_memory, padded(K), padded(V));
+            for (int j = 0; j < V; j++) lying.store(n, head, j, K, state_in_memory[j]);
+        } else {
+            for (int i = 0; i < K; i++) c.state.store(n, head, i, V, s[i]);
+        }
+    }
 
     // For some key heads and the value heads that they serve.
     void load(const Chunk& chunk, int64_t first, int64_t last, int what) {
