@@ -55,7 +55,7 @@ def _advance_flops(c: Any) -> int:
 
 register(
     call.CHUNK_FORWARD,
-    cpu="fla_ops.gsa.cpu.aten:chunk_forward",
+    cpu="fla_ops.gsa.cpu.cpp:chunk_forward",
     cuda="fla_ops.gsa.gpu.chunk:forward",
     fake=fake.chunk_forward,
     gradient=call.CHUNK_GRADIENT,
@@ -63,7 +63,7 @@ register(
 )
 register_backward(
     call.CHUNK_GRADIENT,
-    cpu="fla_ops.gsa.cpu.aten:chunk_backward",
+    cpu="fla_ops.gsa.cpu.cpp:chunk_backward",
     cuda="fla_ops.gsa.gpu.chunk:backward",
     flops=_chunk_backward_flops,
 )
@@ -77,7 +77,7 @@ register(
 )
 register_backward(
     call.RECURRENT_GRADIENT,
-    cpu="fla_ops.gsa.cpu.aten_recurrent:backward",
+    cpu="fla_ops.gsa.cpu.cpp:recurrent_backward",
     cuda="fla_ops.gsa.gpu.fused_recurrent:backward",
     flops=_recurrent_backward_flops,
 )

@@ -28,8 +28,11 @@ SOURCES = (
     "gated_delta_rule/cpu/recurrent.cpp",
     "linear_attn/cpu/normalize.cpp",
     "attn/cpu/decoding.cpp",
+    "gsa/cpu/chunk.cpp",
+    "gsa/cpu/chunk_backward.cpp",
     "gsa/cpu/recurrent.cpp",
 )
+SLOT_FORMS = ("chunk_gsa", "fused_recurrent_gsa")
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
 SERVED = (
     *CHUNKED,
@@ -44,6 +47,7 @@ SERVED = (
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",
+    "chunk_gsa",
     "gsa_step_",
     "fused_recurrent_gsa",
 )
@@ -177,11 +181,102 @@ def slot_inputs(
     }
 
 
+def slot_states(arguments: dict[str, Any], sequences: int) -> tuple[Tensor, Tensor]:
+    """Both initial states."""
+    (heads, value), key, slots = arguments["v"].shape[2:], arguments["k"].shape[3], arguments["s"].shape[3]
+    return draw(sequences, heads, key, slots, seed=6), draw(sequences, heads, slots, value, seed=7)
+
+
+def with_slot_gradients(
+    form: str, arguments: dict[str, Any], pair: tuple[Tensor, Tensor], **options: Any
+) -> list[Tensor]:
+    """Outputs, final states, then the gradient of every floating input, of a sum with fixed weights."""
+    given = {
+        name: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+    state = tuple(x.detach().requires_grad_() for x in pair)
+    o, final = getattr(fla_ops, form)(**given, initial_state=state, output_final_state=True, **options)
+    leaves = [x for x in (*given.values(), *state) if isinstance(x, Tensor) and x.requires_grad]
+    outputs = [o, *final]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [draw(*y.shape, seed=9).to(y.dtype) for y in outputs])]
+
+
+def check_slots(form: str, arguments: dict[str, Any], sequences: int = 2, **options: Any) -> None:
+    """float32, in C++, against float64, in ATen."""
+    pair = slot_states(arguments, sequences)
+    wide = {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in arguments.items()}
+    truth = with_slot_gradients(form, wide, (pair[0].double(), pair[1].double()), **options)
+    for x, y in zip(with_slot_gradients(form, arguments, pair, **options), truth, strict=True):
+        numerics.close(x.double(), y, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "widths"),
+    [((1, 1), (64, 64, 64)), ((6, 2), (1, 40, 33)), ((3, 3), (17, 130, 1)), ((2, 1), (33, 5, 144))],
+    ids=str,
+)
+@pytest.mark.parametrize("form", SLOT_FORMS)
+def test_slots_of_any_heads_and_widths(form: str, heads: tuple[int, int], widths: tuple[int, int, int]) -> None:
+    check_slots(form, slot_inputs(70, heads, widths))
+
+
+@pytest.mark.parametrize("time", [1, 15, 16, 17, 31, 32, 33, 48, 65])
+@pytest.mark.parametrize("chunk_size", [16, 32])
+def test_lengths_around_a_block_and_a_chunk_of_slots(time: int, chunk_size: int) -> None:
+    check_slots("chunk_gsa", slot_inputs(time), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gates", "no-gates"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_windows_of_slots_go_on_from_each_other(packed: bool, gated: bool) -> None:
+    """More chunks than the backward pass holds at once; sequences of none, one, and several windows."""
+    arguments: dict[str, Any] = slot_inputs(time=16 * 8 * 2 + 5, batch=1 if packed else 2)
+    if packed:
+        arguments["cu_seqlens"] = torch.tensor([0, 0, 1, 130, 261])
+    if not gated:
+        del arguments["g"]
+    check_slots("chunk_gsa", arguments, 4 if packed else 2, chunk_size=16)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_what_is_kept_for_slots_gives_the_same_bits(level: int) -> None:
+    """Over several windows, with queries in groups, in chunks of several blocks."""
+    arguments = slot_inputs(300)
+    pair = slot_states(arguments, 2)
+    expected = with_slot_gradients("chunk_gsa", arguments, pair)
+    found = with_slot_gradients("chunk_gsa", arguments, pair, checkpoint_level=level)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", SLOT_FORMS)
+def test_slots_that_forget_and_grow_back(form: str) -> None:
+    """Factors of exp(-30) and exp(30) in turn, slot by slot; a slot that a gate of -inf empties in the middle."""
+    arguments = slot_inputs(70)
+    arguments["g"][..., ::2] = torch.tensor([-15.0, 15.0]).repeat(35)[:, None, None]
+    arguments["g"][:, 20:22, 0, 3] = float("-inf")
+    arguments["g"][:, 40, :, :7] = -1e4
+    check_slots(form, arguments)
+
+
+@pytest.mark.parametrize("form", SLOT_FORMS)
+def test_the_number_of_threads_does_not_change_a_bit_of_slots(form: str) -> None:
+    arguments = slot_inputs(150, widths=(32, 32, 32))
+    assert arguments["s"].numel() * 64 >= build.TOGETHER
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_slot_gradients(form, arguments, slot_states(arguments, 2)))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in pairwise(results):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize("slots", [1, 33, 144])
 @pytest.mark.parametrize(("heads", "widths"), [((1, 1), (256, 5)), ((6, 2), (1, 40)), ((3, 3), (17, 130))], ids=str)
-def test_a_step_of_slots_with_any_heads_and_widths(
-    heads: tuple[int, int], widths: tuple[int, int], slots: int
-) -> None:
+def test_a_step_of_slots_with_any_heads_and_widths(heads: tuple[int, int], widths: tuple[int, int], slots: int) -> None:
     """Rows past the last four, columns past the last vector, groups that read what the first query left."""
     arguments = {n: x[:, 0] for n, x in slot_inputs(1, heads, (*widths, slots), batch=3).items()}
     pools = draw(3, heads[1], widths[0], slots, seed=6), draw(3, heads[1], slots, widths[1], seed=7)
@@ -193,9 +288,10 @@ def test_a_step_of_slots_with_any_heads_and_widths(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla"])
+@pytest.mark.parametrize("form", [*CHUNKED, "fused_recurrent_simple_gla", "fused_recurrent_gsa"])
 def test_half_precision_is_rounded_once(form: str, dtype: torch.dtype) -> None:
-    arguments = {name: x.to(dtype) for name, x in inputs(70).items()}
+    given = slot_inputs(70) if form == "fused_recurrent_gsa" else inputs(70)
+    arguments = {name: x.to(dtype) for name, x in given.items()}
     half, _ = getattr(fla_ops, form)(**arguments)
     single, _ = getattr(fla_ops, form)(**{name: x.float() for name, x in arguments.items()})
     assert torch.equal(half, single.to(dtype))
@@ -285,6 +381,8 @@ def test_lesser_machines(capability: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(build, "_load", cache(build._load.__wrapped__))
     for form in (*CHUNKED, "fused_recurrent_simple_gla"):
         check(form, inputs(70, (1, 3)))
+    for form in SLOT_FORMS:
+        check_slots(form, slot_inputs(70))
     check_decoding(decoding())
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.common.cpu import build
+from fla_ops.signature import Size
 
 from ..call import Call
 from . import abc
@@ -28,12 +29,23 @@ def known(x: Tensor) -> Tensor:
     return x if x.dtype in build.DTYPES else x.float()
 
 
+def state_of(c: Call, state: Tensor | None, shape: tuple[Size, ...]) -> Tensor:
+    """A fresh state in float32; zeros where none is given."""
+    if state is None:
+        return c.v.new_zeros(shape, dtype=torch.float32)
+    return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 def states_of(c: Call, state_k: Tensor | None, state_v: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Fresh states [N, H, K, M] and [N, H, M, V] in float32; zeros where none is given."""
-    first, second = (
-        c.v.new_zeros(shape, dtype=torch.float32)
-        if state is None
-        else state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        for state, shape in zip((state_k, state_v), c.state_shapes, strict=True)
-    )
-    return first, second
+    """Both, [N, H, K, M] and [N, H, M, V]."""
+    keys, values = c.state_shapes
+    return state_of(c, state_k, keys), state_of(c, state_v, values)
+
+
+def slot_gradient(c: Call, gated: Call, dw: Tensor, dg: Tensor) -> Tensor:
+    """The gradient of s for ABC, from those of the weights and gates that `with_gates` made."""
+    ds = torch.empty_like(c.s, memory_format=torch.contiguous_format)
+    for at in places(c):
+        w, g, *gradients = (at.of(x) for x in (gated.s, gated.g, dw, dg))
+        at.of(ds).copy_(abc.gradient(w, g, *gradients, c.reverse))
+    return ds

@@ -81,16 +81,17 @@ struct Worker {
 
     // Advances all rows of a state, and reads them for each query head: out = from^T state.
     template <class Decay>
-    void pass(const Steps& states, int64_t slot, int64_t head, const float* weights, Matrix given, Matrix from,
+    void pass(const Steps& states, int64_t slot, const Walk& w, const float* weights, Matrix given, Matrix from,
               Matrix out, int rows, int width) {
+        const bool cached = w.steps > 1;
         for (int n = 0; n < group; n++) std::fill(out[n], out[n] + padded(width), 0.f);
-        states.row(slot, 0, head, [&](auto* state, auto column) {
+        states.row(slot, 0, w.head, [&](auto* state, auto column) {
             int i = 0;
             auto advance_some = [&](auto count) {
                 constexpr int N = decltype(count)::value;
                 auto* at = state + i * states.step;
                 const Decay decays{std::is_same_v<Decay, Each> ? decay.at : decay.at + i};
-                for (int r = AHEAD; r < AHEAD + N; r++)
+                for (int r = AHEAD; !cached && r < AHEAD + N; r++)
                     for (int j = 0; j < width; j += 64 / int(sizeof(*at)))
                         __builtin_prefetch(at + r * states.step + j * column, 1);
                 const float *weight = weights + i, *read = from[0] + i;
@@ -118,9 +119,9 @@ struct Worker {
 
     void step(const Walk& w, int64_t t, int64_t slot) {
         load(w, t);
-        pass<Each>(c.state_k, slot, w.head, k.at, s, q, x, K, M);
+        pass<Each>(c.state_k, slot, w, k.at, s, q, x, K, M);
         for (int n = 0; n < group; n++) softmax(x[n], M);
-        pass<Same>(c.state_v, slot, w.head, s.at, v, x, o, M, V);
+        pass<Same>(c.state_v, slot, w, s.at, v, x, o, M, V);
     }
 
     void walk(const Walk& w) {
@@ -141,8 +142,8 @@ extern "C" void recurrent_forward(const Call* call) {
     Worker(c, counted);
     with_team(c.threads, [&] {
         FlushDenormals flush;
-        std::vector<float> numbers(counted.used);
-        Space space{numbers.data()};
+        Memory memory(counted.used);
+        Space space{memory.at};
         Worker worker(c, space);
         share(c.sequences * c.heads, [&](int64_t i) { worker.walk(Walk(c, i)); });
     });

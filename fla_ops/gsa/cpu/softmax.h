@@ -1,8 +1,17 @@
-// exp of whole vectors, and softmax over the memory slots.
+// exp of whole vectors, softmax over the memory slots, and a thread's memory.
 
 #include "common/cpu/kernels.h"
 
 namespace {
+
+// Zeros that start on a cache line.
+struct Memory {
+    std::vector<float> numbers;
+    float* at;
+    explicit Memory(int64_t count) : numbers(count + 16), at(numbers.data()) {
+        while (reinterpret_cast<uintptr_t>(at) % 64) at++;
+    }
+};
 
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
