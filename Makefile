@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo distributed test test-all check bench clean
 
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -20,6 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## Train a small language model; options go into ARGS="..."
 	$(BIN)/python examples/train_lm.py $(ARGS)
+
+distributed: $(INSTALLED)  ## Train on two processes and on one, and compare the losses
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 examples/train_distributed.py $(ARGS)
 
 check: $(INSTALLED)  ## Lint, types, import directions and layout
 	$(BIN)/ruff check

@@ -59,6 +59,11 @@ class ShortConvolution(nn.Module):
         x = F.pad(x, (0, 0, before, 0)) if memory is None else torch.cat([memory.window.to(x.dtype), x], 1)
         if memory is not None:
             memory.window.copy_(x[:, time:])
+        return self.over(x)
+
+    def over(self, x: Tensor) -> Tensor:
+        """[B, window - 1 + T, C], of which the first steps are only seen, to [B, T, C]."""
+        time = x.shape[1] - len(self.weight) + 1
         y = x[:, :time] * self.weight[0]
         for i, weight in enumerate(self.weight[1:], 1):
             y = y + x[:, i : i + time] * weight
@@ -71,6 +76,7 @@ class Mixer(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.heads, self.normaliser = c.heads, c.gate_normaliser
+        self.operator = fla_ops.simple_gla
         self.widths = [c.heads * c.key_width, c.heads * c.key_width, c.heads * c.value_width]
         self.project = nn.Linear(c.width, sum(self.widths), bias=False)
         self.convolve = ShortConvolution(sum(self.widths), c.window)
@@ -83,7 +89,7 @@ class Mixer(nn.Module):
         """x [B, T, width] to [B, T, width]."""
         q, k, v, g = self._inputs(x, memory)
         state = None if memory is None else memory.state
-        o, final_state = fla_ops.simple_gla(q, k, v, g, initial_state=state, output_final_state=memory is not None)
+        o, final_state = self.operator(q, k, v, g, initial_state=state, output_final_state=memory is not None)
         if memory is not None:
             memory.state.copy_(final_state)
         return self._output(o, x)

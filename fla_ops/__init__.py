@@ -4,6 +4,8 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 `torch.compile(fullgraph=True)` and `torch.export`. Triton kernels run on a GPU, C++ and ATen on a CPU.
 """
 
+from torch._ops import OpOverload
+
 from fla_ops import distributed as distributed  # runs every operator on DTensors
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
@@ -54,6 +56,14 @@ def ops() -> dict[str, Operator]:
     return dict(OPERATORS)
 
 
+def sac_ops() -> list[OpOverload]:
+    """What selective activation checkpointing should save: the results of every operator with a gradient.
+
+    `torch.utils.checkpoint.create_selective_checkpoint_contexts` takes the list, with other operators added to it.
+    """
+    return [operator.overload for operator in OPERATORS.values() if operator.kind == "differentiable"]
+
+
 __all__ = [
     "Operator",
     "__version__",
@@ -89,6 +99,7 @@ __all__ = [
     "ops",
     "parallel_attn",
     "parallel_simple_gla",
+    "sac_ops",
     "simple_gla",
     "simple_gla_advance_",
     "simple_gla_prefill_",

@@ -41,12 +41,12 @@ def dispatch(operator: Operator, cls: Any, op: Any, types: Any, args: Any = (), 
 
 def _own_slots(s: Sharding, arguments: Arguments) -> Any:
     """The slots that are rows of this rank's part of the pool; the others become padding, whose output is zero."""
-    pool: Tensor = arguments[s.mutated[0]]
-    slots, held = arguments["slots"], pool.shape[0]
-    low, ranks = 0, 1
-    for d in reversed(range(s.mesh.ndim)):
-        if s.axes[d] == POOL:
-            low += ranks * s.mesh.get_local_rank(d)
-            ranks *= s.mesh.size(d)
-    own = slots - low * -(-s.sizes["P"] // ranks)
+    low, held = 0, s.sizes["P"]
+    for d, axis in enumerate(s.axes):  # each mesh dimension cuts what the ones before it have left
+        if axis == POOL:
+            rows = -(-held // s.mesh.size(d))
+            start = min(rows * s.mesh.get_local_rank(d), held)
+            low, held = low + start, min(rows, held - start)
+    slots: Tensor = arguments["slots"]
+    own = slots - low
     return torch.where((slots >= 0) & (own >= 0) & (own < held), own, -1)

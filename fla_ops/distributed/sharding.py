@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from fla_ops.registrations._op import Operator
+from fla_ops.registrations._op import OPERATORS, Operator
 from fla_ops.registrations._vmap import HEADS, axes_of
 from fla_ops.signature import Gradient, Recurrence
 
@@ -71,9 +71,18 @@ class Sharding:
 
     @property
     def recurrence(self) -> Recurrence | None:
-        """What a piece of time does to the states that this operator takes, if it is known."""
+        """What a piece of time does to the states of this operator, if that is known and all else it returns has time
+        or is kept for its gradient.
+        """
         found: Recurrence | None = getattr(self.call, "recurrence", None)
-        return found if found is not None and set(found.adds) <= set(self.forward.fields) else None
+        if found is None or not set(found.adds) <= set(self.forward.fields):
+            return None
+        backward = OPERATORS.get(f"{self.forward.name.removesuffix('_forward')}_backward")
+        kept = backward.declaration.kept if backward and isinstance(backward.declaration, Gradient) else ()
+        finals = {name.replace("initial", "final") for name in found.adds}
+        others = set(self.forward.results) - finals - set(kept)
+        served = finals <= set(self.forward.results) and all("T" in self.of(name) for name in others)
+        return found if served else None
 
     def sharded(self, d: int) -> set[str]:
         """The letters that mesh dimension d shards while the operator runs."""

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fla_ops
 from tests.cases import COMBINATION, EXPORT, Case, cases, tensors
 from tests.contract.helpers import (
+    Recorder,
     assert_same_bits,
     cotangents,
     detached,
@@ -78,6 +79,20 @@ def test_selective_checkpointing_may_name_the_operator(case: Case) -> None:
     again = partial(checkpoint, case.call, use_reentrant=False, context_fn=contexts)
     assert_same_bits(evaluate(case, inputs, again), evaluate(case, inputs))
     assert False in ran
+
+
+@TRAINED
+def test_selective_checkpointing_saves_what_sac_ops_lists(case: Case) -> None:
+    """Each operator runs once, as without checkpointing."""
+    inputs, saved = case.inputs(), fla_ops.sac_ops()
+    contexts = partial(create_selective_checkpoint_contexts, saved)
+    again = partial(checkpoint, case.call, use_reentrant=False, context_fn=contexts)
+    with Recorder() as once:
+        expected = evaluate(case, inputs)
+    with Recorder() as recorder:
+        assert_same_bits(evaluate(case, inputs, again), expected)
+    found, wanted = ([call.name for call in r.calls if call.overload in saved] for r in (recorder, once))
+    assert found == wanted
 
 
 @TRAINED

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch._library.simple_registry import singleton
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fla_ops
 from tests.cases import COMBINATION, Case, cases
 from tests.contract.helpers import is_typical, operators
 from tests.distributed import comparing
 from tests.distributed.pool import Pool
+from tests.numerics import close
 
 AXES = ("replicate", "batch", "heads", "time", "pool")
 CROSSING = (0, 1, 1, 5, 5)  # of the border between two ranks; two sequences are empty
@@ -20,8 +22,8 @@ CROSSING = (0, 1, 1, 5, 5)  # of the border between two ranks; two sequences are
 
 def sizes_of(case: Case) -> dict[str, Any]:
     """Heads that two ranks can share, and sequences that cross the border."""
-    heads = {"HK": 2, "H": 4} if "HK" in case.sizes else {"HQ": 4, "H": 2} if "HQ" in case.sizes else {}
-    in_time = "offsets" in case.sizes and case.axis("q", "T") and case.sizes.keys() >= {"T"}
+    heads = {"HK": 2, "H": 4} if "HK" in case.sizes else {"HQ": 4, "H": 2} if "HQ" in case.sizes else {"H": 4}
+    in_time = "T" in case.sizes and len(case.sizes.get("offsets", ())) == len(CROSSING)
     return heads | ({"offsets": CROSSING} if in_time else {})
 
 
@@ -29,6 +31,8 @@ def has(case: Case, axis: str) -> bool:
     """Whether the first output has such an axis, or for a pool, whether the call addresses rows of one."""
     if axis == "pool":
         return "slots" in case.given
+    if axis == "batch" and case.mutated and "cu_seqlens" in case.given:
+        return False  # a state of each packed sequence, which does not move
     return axis == "replicate" or any(case.axis(case.outputs[0], letter) for letter in comparing.LETTERS[axis])
 
 
@@ -51,8 +55,9 @@ def check(pair: Pool, operator: str, axis: str, quick: bool) -> None:
     for case, placements in zip(found, pair.run(comparing.compare_all, calls), strict=True):
         packed = axis == "batch" and "cu_seqlens" in case.given
         expected = "R" if axis == "replicate" or packed else "P(sum)" if axis == "pool" else "S("
-        if axis == "batch" and "slots" in case.given:
-            expected = "R"  # the pool does not move
+        pool = case.mutated[:1]
+        if axis != "pool" and pool and not any(case.axis(*pool, letter) for letter in comparing.LETTERS[axis]):
+            expected = "R"  # a pool does not move, so the call is whole along what it lacks
         assert placements[case.outputs[0]][0].startswith(expected), (str(case), placements)
 
 
@@ -74,6 +79,36 @@ def test_every_operator_has_a_rule() -> None:
     names = [name for name, operator in fla_ops.ops().items() if operator.kind != "composite"]
     rules = {name: singleton.find(f"fla::{name}").torch_dispatch_rules.find(DTensor) for name in names}
     assert not [name for name, rule in rules.items() if rule is None]
+
+
+def beside_plain_tensors() -> None:
+    """Plain decays of all heads and a plain state: they are cut as the call is, their gradients are plain and whole."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 4, 6, dtype=torch.float64).unbind()
+    decay, state = -torch.rand(4, dtype=torch.float64), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for dim in range(3):
+        results = []
+        for place in (lambda x: x, lambda x, dim=dim: distribute_tensor(x, comparing.mesh_of(2), [Shard(dim)])):
+            leaves = [*(place(x).requires_grad_() for x in (q.clone(), k.clone(), v.clone()))]
+            leaves += [x.clone().requires_grad_() for x in (decay, state)]
+            o, _ = fla_ops.chunk_simple_gla(*leaves[:3], g_gamma=leaves[3], initial_state=leaves[4])
+            o.square().sum().backward()
+            results.append([comparing.whole(o.detach()), *(x.grad for x in leaves)])
+        assert [type(x) for x in results[1][4:]] == [torch.Tensor] * 2
+        for found, expected in zip(results[1], results[0], strict=True):
+            close(comparing.whole(found), expected)
+
+
+def test_beside_plain_tensors(pair: Pool) -> None:
+    pair.run(beside_plain_tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("pool", "pool"), ("pool", "heads"), ("heads", "pool")])
+@pytest.mark.parametrize("operator", ["simple_gla_step_", "gsa_step_", "linear_attn_step_"])
+def test_pools_on_two_mesh_dimensions(four: Pool, operator: str, axes: tuple[str, str]) -> None:
+    case = next(case for case in cases(operator, COMBINATION) if "slots" in case.given)
+    four.run(comparing.compare, str(case), axes, sizes_of(case), (2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

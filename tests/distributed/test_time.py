@@ -163,7 +163,12 @@ def test_bytes_do_not_depend_on_the_length(pair: Pool, packed: bool) -> None:
         {"all_gather_into_tensor": 2 * state + kept},
     )
     both, slots = 4 * 4 * 8 * (16 + 16), 4 * 4 * 8
-    assert first["gsa"][0] == {"all_gather_into_tensor": both + 2 * slots}
+    once = both + 2 * slots
+    assert first["gsa"] == ({"all_gather_into_tensor": once}, {"all_gather_into_tensor": 2 * once})
+    kept, z = 4, 4 * (4 * 16 + 1)  # nothing decays: what is kept is one number
+    numerator = state + kept, 2 * state + kept
+    forward, backward = numerator[0] + z, numerator[1] + 2 * z
+    assert first["linear_attn"] == ({"all_gather_into_tensor": forward}, {"all_gather_into_tensor": backward})
 
 
 def chosen() -> tuple[str, int]:
