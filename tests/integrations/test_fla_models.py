@@ -138,7 +138,9 @@ def test_one_graph_with_padding(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name", [one if one == "mamba2" else pytest.param(one, marks=pytest.mark.slow) for one in EVERY]
+)
 def test_one_graph_for_a_step(name: str) -> None:
     """The prompt and a step after it, with the cache that the model makes."""
     model, tokens = build(name), prompt()
