@@ -161,6 +161,7 @@ def test_one_graph_forward_and_backward(name: str) -> None:
     train_compiled(name, "aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`fuse_linear_cross_entropy` is enabled")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_with_logits_of_one_chunk() -> None:

@@ -155,22 +155,18 @@ def test_flash_attn_stays_on_a_gpu_where_it_is_installed(monkeypatch: pytest.Mon
     assert not hasattr(layers, "flash_attn_varlen_func")
 
 
-def test_rotary_settings_that_are_not_served() -> None:
-    embedding = importlib.import_module("fla.modules.rotary").RotaryEmbedding
-    q = torch.randn(1, 5, 2, 8)
-    with pytest.raises(NotImplementedError, match="serves RotaryEmbedding without scale_base"):
-        rotary.rotary_forward(embedding(8, scale_base=512.0), q, q)
-    with pytest.raises(NotImplementedError, match="serves RotaryEmbedding without pos_idx_in_fp32=False"):
-        rotary.rotary_forward(embedding(8, pos_idx_in_fp32=False), q, q)
-
-
-def test_rotary_layer_takes_the_positions_that_flas_table_has() -> None:
-    layer = importlib.import_module("fla.modules.rotary").RotaryEmbedding(8)
-    layer._update_cos_sin_cache(20, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("settings", [{}, {"interleaved": True}, {"scale_base": 16.0}, {"pos_idx_in_fp32": False}])
+def test_rotary_layer_takes_the_positions_that_flas_table_has(settings: dict[str, Any]) -> None:
+    layer = importlib.import_module("fla.modules.rotary").RotaryEmbedding(8, **settings)
+    integration.enable()
     q, k = torch.randn(2, 2, 5, 2, 8)
+    layer._update_cos_sin_cache(20, torch.device("cpu"), torch.float32)
+    tables = [(layer._cos_cached, layer._sin_cached)] * 2
+    if layer.scale is not None:
+        tables[1] = (layer._cos_k_cached, layer._sin_k_cached)
     for offset in (0, 6, torch.tensor([1, 9])):
-        for x, turned in zip((q, k), rotary.rotary_forward(layer, q, k, offset), strict=True):
-            expected = rotary.rotary_embedding(x, layer._cos_cached, layer._sin_cached, seqlen_offsets=offset)
+        for x, turned, table in zip((q, k), layer(q, k, offset, max_seqlen=20), tables, strict=True):
+            expected = rotary.rotary_embedding(x, *table, layer.interleaved, seqlen_offsets=offset)
             torch.testing.assert_close(turned, expected)
 
 
