@@ -19,7 +19,7 @@ from transformers.masking_utils import (
 )
 
 import fla_ops.integrations.transformers as integration
-from fla_ops.integrations.softmax_attention import CausalMask, _last_rows, _newest, attention, mask
+from fla_ops.integrations.softmax_attention import CausalMask, _newest, attention, last_rows, mask
 from tests.integrations.models import build, padding, prompt
 from tests.numerics import close
 
@@ -92,7 +92,7 @@ def test_the_operator_for_newest_steps_equals_dense_products(how: dict[str, Any]
     query, key, value = heads(1)
     decay, window = mask(BATCH, 1, TIME, TIME - 1, **how)
     sinks = torch.randn(4) if sink else None
-    dense = _last_rows(query, key, value, decay, 0.3, window, sinks)
+    dense = last_rows(query, key, value, decay, 0.3, window, sinks)
     by_step = (x.transpose(1, 2) for x in (query, key, value))
     g = None if decay is None else decay[..., None].expand(-1, -1, 4)
     close(_newest(*by_step, g, 0.3, window, sinks), dense)

@@ -67,12 +67,13 @@ def _with_its_arguments(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _with_a_mask(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """fla's takes a step after a cache only with a mask, and generate() gives none where nothing is padded."""
 
-    @wraps(theirs)
     def forward(
         self: Any,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
         **kwargs: Any,
     ) -> Any:
         if attention_mask is None and past_key_values is not None:
@@ -80,6 +81,6 @@ def _with_a_mask(theirs: Callable[..., Any]) -> Callable[..., Any]:
             if cached > 0:
                 batch, time, _ = hidden_states.shape
                 attention_mask = hidden_states.new_ones(batch, cached + time, dtype=torch.long)
-        return theirs(self, hidden_states, attention_mask, past_key_values, **kwargs)
+        return theirs(self, hidden_states, attention_mask, past_key_values, output_attentions, use_cache, **kwargs)
 
     return forward

@@ -85,7 +85,8 @@ def enable() -> dict[str, int]:
 
 def disable() -> None:
     """Put back what enable replaced, in models and modules that came after it too."""
-    _replace({place.target: (place, place.new, place.old) for place in reversed(_replaced)})
+    if _replaced:
+        _replace({place.target: (place, place.new, place.old) for place in reversed(_replaced)})
     _replaced.clear()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fla_ops.integrations.fla.norms import wide
-from fla_ops.integrations.fla.refusing import refuse
-from fla_ops.integrations.fla.replacing import replaces
+from fla_ops.integrations.fla.replacing import adapts, replaces
 
 
 @replaces("fla.modules.rotary.ops:rotary_embedding")
@@ -29,26 +29,28 @@ def rotary_embedding(
     return x.copy_(o) if inplace else o
 
 
-@replaces("fla.modules.rotary.ops:RotaryEmbedding.forward")
-def rotary_forward(
-    self: Any,
-    q: Tensor,
-    k: Tensor,
-    seqlen_offset: int | Tensor = 0,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    chunk_indices: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Both turned by their positions, without fla's table of all positions: it would grow at every step of decoding,
-    and compiled code would depend on its length.
-    """
-    refuse("RotaryEmbedding", scale_base=self.scale)
-    if not self.pos_idx_in_fp32:
-        refuse("RotaryEmbedding", **{"pos_idx_in_fp32=False": True})
-    inverse = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq(q.device)
-    angles = _positions(q, seqlen_offset, cu_seqlens)[..., None].float() * inverse
-    cos, sin = angles.cos(), angles.sin()
-    return _rotate(q, cos, sin, self.interleaved), _rotate(k, cos, sin, self.interleaved)
+@adapts("fla.modules.rotary.ops:RotaryEmbedding.forward")
+def rotary_forward(theirs: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(
+        self: Any,
+        q: Tensor,
+        k: Tensor,
+        seqlen_offset: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        chunk_indices: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both turned by their positions, without fla's table of all positions: it would grow at every step of
+        decoding, and compiled code would depend on its length.
+        """
+        if self.scale is not None or not self.pos_idx_in_fp32:  # XPos, or positions in the model's dtype
+            return theirs(self, q, k, seqlen_offset, cu_seqlens, max_seqlen, chunk_indices)
+        inverse = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq(q.device)
+        angles = _positions(q, seqlen_offset, cu_seqlens)[..., None].float() * inverse
+        cos, sin = angles.cos(), angles.sin()
+        return _rotate(q, cos, sin, self.interleaved), _rotate(k, cos, sin, self.interleaved)
+
+    return forward
 
 
 def _positions(x: Tensor, offset: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
