@@ -50,12 +50,14 @@ register(
     fake=fake.forward,
     gradient=call.GRADIENT,
     flops=_forward_flops,
+    inline={"cpu": "fla_ops.attn.cpu.traced:forward"},
 )
 register_backward(
     call.GRADIENT,
     cpu="fla_ops.attn.cpu.aten:backward",
     cuda="fla_ops.attn.gpu.parallel_backward:backward",
     flops=_backward_flops,
+    inline={"cpu": "fla_ops.attn.cpu.traced:backward"},
 )
 register(
     call.DECODING,
@@ -63,6 +65,7 @@ register(
     cuda="fla_ops.attn.gpu.decoding:one_step",
     fake=fake.decoding,
     flops=_decoding_flops,
+    inline={"cpu": "fla_ops.attn.cpu.traced:one_step"},
     tags=(),
 )
 register_composite(call.PARALLEL, "fla_ops.attn.forms:parallel")

@@ -60,12 +60,14 @@ register(
     fake=fake.chunk_forward,
     gradient=call.CHUNK_GRADIENT,
     flops=_chunk_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:chunk_forward"},
 )
 register_backward(
     call.CHUNK_GRADIENT,
     cpu="fla_ops.gsa.cpu.cpp:chunk_backward",
     cuda="fla_ops.gsa.gpu.chunk:backward",
     flops=_chunk_backward_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:chunk_backward"},
 )
 register(
     call.RECURRENT,
@@ -74,12 +76,14 @@ register(
     fake=fake.recurrent_forward,
     gradient=call.RECURRENT_GRADIENT,
     flops=_recurrent_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:forward"},
 )
 register_backward(
     call.RECURRENT_GRADIENT,
     cpu="fla_ops.gsa.cpu.cpp:recurrent_backward",
     cuda="fla_ops.gsa.gpu.fused_recurrent:backward",
     flops=_recurrent_backward_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:backward"},
 )
 register(
     call.STEP,
@@ -87,6 +91,7 @@ register(
     cuda="fla_ops.gsa.gpu.decoding:step",
     fake=fake.step,
     flops=_step_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:step"},
     tags=(),
 )
 for signature, name, shapes, flops in (

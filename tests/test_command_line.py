@@ -48,8 +48,8 @@ def test_list_names_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("chunk_simple_gla", "forward", ["cpu", "cuda"]),
         ("parallel_simple_gla_backward", "backward", ["cpu"]),
-        ("gsa_step_", "step", []),
-        ("attn_decoding_one_step", "step", []),
+        ("gsa_step_", "step", ["cpu"]),
+        ("attn_decoding_one_step", "step", ["cpu"]),
         ("simple_gla", "composite", None),
     ],
 )

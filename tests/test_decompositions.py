@@ -8,25 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch._ops import OpOverload
+from torch.export import ExportedProgram
 
 import fla_ops
 from tests import numerics
 from tests.cases import EXPORT, Case, cases, results
-from tests.contract.helpers import assert_close, evaluate, export, is_composite, labelled, ours, tensors_of
+from tests.contract.helpers import assert_close, evaluate, export, labelled, ours, tensors_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "exporting.md"
-REFUSED = ("gsa", "attn")  # families whose bodies read values
-
-
-def family(case: Case) -> str:
-    """The last word of the operator's name that tells."""
-    if "gsa" in case.operator:
-        return "gsa"
-    return "attn" if case.operator in ("attn", "parallel_attn", "attn_decoding_one_step") else "linear"
-
-
-def of(*, refused: bool) -> list[Case]:
-    return [case for case in cases(tag=EXPORT) if (family(case) in REFUSED) == refused]
+QUICK = (
+    "chunk_simple_gla",
+    "fused_recurrent_gsa",
+    "parallel_attn",
+    "attn_decoding_one_step",
+    "gsa_step_",
+    "simple_gla_step_",
+)
 
 
 def timed(case: Case, time: int) -> Case:
@@ -34,17 +31,23 @@ def timed(case: Case, time: int) -> Case:
     return case.resized(T=time) if "T" in case.sizes else case
 
 
+def not_core(program: ExportedProgram) -> set[str]:
+    """The calls of a program that are not core ATen."""
+    targets = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
+    return {str(target) for target in targets if torch.Tag.core not in target.tags}
+
+
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str(c), marks=[pytest.mark.slow] * is_composite(c)) for c in of(refused=False)]
+    "case",
+    [pytest.param(c, id=str(c), marks=[pytest.mark.slow] * (c.operator not in QUICK)) for c in cases(tag=EXPORT)],
 )
 def test_a_program_becomes_aten_calls(case: Case) -> None:
     case = timed(case, 150)
     program = export(case).run_decompositions(fla_ops.decompositions())
     assert ours([program.graph_module]) == []
-    targets = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
-    assert {str(t) for t in targets if torch.Tag.core not in t.tags} <= {"aten._assert_async.msg"}
+    assert not_core(program) <= {"aten._assert_async.msg"}
     more = {x: n for x, n in {"B": 3, "N": 7, "P": 12}.items() if x in case.sizes}
-    for other in (case, timed(case.resized(**more), 230)):
+    for other in (case, timed(case.resized(**more), 230), timed(case, 5), timed(case, 1)):
         inputs = other.inputs(seed=1)
         given = {name: x.clone() for name, x in tensors_of(inputs).items()}
         found = program.module()(given)
@@ -52,11 +55,18 @@ def test_a_program_becomes_aten_calls(case: Case) -> None:
         assert_close(dict(labelled(case.outputs, outputs)), evaluate(other, inputs, wanted=()))
 
 
-@pytest.mark.parametrize("case", of(refused=True), ids=str)
-def test_what_has_no_body_is_refused_by_name(case: Case) -> None:
-    program = export(case)
-    with pytest.raises(NotImplementedError, match=r"fla\.\w+\.default on cpu has no body of ATen calls"):
-        program.run_decompositions(fla_ops.decompositions())
+PACKED = ("chunk_simple_gla", "parallel_simple_gla", "chunk_gsa", "fused_recurrent_gsa", "parallel_attn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in cases() if c.operator in PACKED and "packed" in c.id], ids=str)
+def test_packed_sequences_become_aten_calls(case: Case) -> None:
+    program = export(case).run_decompositions(fla_ops.decompositions())
+    assert not_core(program) <= {"aten._assert_async.msg"}
+    inputs = case.inputs(seed=1)
+    found = program.module()(tensors_of(inputs))
+    outputs = found if isinstance(found, tuple) else (found,)
+    assert_close(dict(labelled(case.outputs, outputs)), evaluate(case, inputs, wanted=()))
 
 
 def test_the_page_runs_and_onnxruntime_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +82,9 @@ def test_the_page_runs_and_onnxruntime_agrees(tmp_path: Path, monkeypatch: pytes
         given = {x.name: y.numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
         for found, expected in zip(session.run(None, given), names["Layer"]()(*inputs), strict=True):
             numerics.close(torch.from_numpy(found), expected)
+    session = onnxruntime.InferenceSession(tmp_path / "step.onnx")
+    q, k, v = torch.randn(3, 5, 4, 16).unbind()
+    inputs = (q, k, v, torch.rand(5, 4, 8), -torch.rand(5, 4, 8), torch.randn(5, 4, 16, 8), torch.randn(5, 4, 8, 16))
+    given = {x.name: y.numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
+    for found, expected in zip(session.run(None, given), names["Step"]()(*inputs), strict=True):
+        numerics.close(torch.from_numpy(found), expected)

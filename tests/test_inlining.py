@@ -67,6 +67,47 @@ def test_a_package_needs_no_registration(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", LOADER, package, str(tmp_path / "numbers.pt")], check=True)
 
 
+class Steps(torch.nn.Module):
+    """A decode step of each kind of state."""
+
+    def forward(self, q, k, v, g, states, slots_k, slots_v, offsets):
+        q, k, v, g = (x[:, 0] for x in (q, k, v, g))
+        o = fla_ops.simple_gla_step_(q, k, v, g=g, state=states)
+        s = torch.sigmoid(q[..., :6])
+        read = fla_ops.gsa_step_(q, k, v[:, ::2], s, -s, slots_k, slots_v)
+        keys, values = k.repeat(3, 1, 1)[None], v[:, ::2].repeat(3, 1, 1)[None]
+        seen = fla_ops.attn_decoding_one_step(q[None], keys, values, None, None, offsets)
+        return o, read, seen, states, slots_k, slots_v
+
+
+def decoding(sequences: int) -> tuple:
+    pools = ((4, 10, 7), (2, 10, 6), (2, 6, 7))
+    states = (torch.randn(sequences, *shape) for shape in pools)
+    return (*activations(sequences, 1), *states, torch.arange(0, 3 * sequences + 1, 3))
+
+
+STEPPER = """
+import sys, torch
+package, numbers = sys.argv[1:]
+inputs, expected = torch.load(numbers)
+for got, wanted in zip(torch._inductor.aoti_load_package(package)(*inputs), expected, strict=True):
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(inputs[4:7], expected[3:], rtol=1e-4, atol=1e-5)
+assert "fla_ops" not in sys.modules and not hasattr(torch.ops.fla, "gsa_step_")
+"""
+
+
+@SLOW
+def test_a_package_of_decode_steps_needs_no_registration(tmp_path: Path) -> None:
+    program = torch.export.export(Steps(), decoding(3), dynamic_shapes=({0: AUTO},) * 8)
+    with fla_ops.inlining(), torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "steps.pt2"))
+    inputs = decoding(5)
+    updated = [x.clone() for x in inputs]
+    torch.save((inputs, Steps()(*updated)), tmp_path / "numbers.pt")
+    subprocess.run([sys.executable, "-c", STEPPER, package, str(tmp_path / "numbers.pt")], check=True)
+
+
 def test_compiled_bodies_give_the_operators_numbers() -> None:
     inputs = [x.requires_grad_() for x in activations(2, 150)]
 

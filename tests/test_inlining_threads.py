@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter's kernels cannot be traced")
 
 
-def calls(function: Callable[..., Tensor] = fla_ops.chunk_simple_gla) -> list[str]:
-    """The operators of ours that a trace of a function of q, k, v holds."""
+def calls(function: Callable[..., Tensor] = fla_ops.chunk_simple_gla, namespace: str = "fla") -> list[str]:
+    """The operators of a namespace, ours, that a trace of a function of q, k, v holds."""
     inputs = [torch.ones(1, 20, 2, 4) for _ in range(3)]
     graph = make_fx(dispatch_functionalize(lambda *args: function(*args)[0]))(*inputs)
     names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-    return [name.split(".")[1] for name in names if name.startswith("fla.")]
+    return [name.split(".")[1] for name in names if name.startswith(f"{namespace}.")]
 
 
 def in_thread(function: Callable[[], object]) -> object:
@@ -116,38 +116,40 @@ thread.join()
     assert re.fullmatch(f"{before};?fla=[0-9a-f]+", there)
 
 
-def test_an_operator_that_stays_a_call_is_named_once() -> None:
-    def slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fla_ops.fused_recurrent_gsa(q, k, v, k)
+@pytest.fixture
+def without_a_body() -> Iterator[Callable[..., Tensor]]:
+    """An operator of somebody else's that has no body to inline."""
+    with torch.library._scoped_library("theirs", "FRAGMENT") as library:
+        library.define("sum_of(Tensor q, Tensor k, Tensor v) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl("sum_of", lambda q, k, v: q + k + v, "CompositeExplicitAutograd")
+        operator = torch.ops.theirs.sum_of.default
+        _inline.register(operator, {}, library)
+        _inline._warn.cache_clear()
+        yield operator
+        del _inline._DECOMPOSITIONS[operator]
 
-    _inline._warn.cache_clear()
+
+def test_an_operator_that_stays_a_call_is_named_once(without_a_body: Callable[..., Tensor]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert calls(slots) == ["fused_recurrent_gsa"]
-        assert [w for w in caught if "fla" in str(w.message)] == []  # nobody asked for bodies
+        assert calls(without_a_body, "theirs") == ["sum_of"]
+        assert [w for w in caught if "theirs" in str(w.message)] == []  # nobody asked for bodies
         with fla_ops.inlining():
             for _ in range(2):
-                assert calls(slots) == ["fused_recurrent_gsa"]
+                assert calls(without_a_body, "theirs") == ["sum_of"]
                 assert calls(fla_ops.chunk_simple_gla) == []
-    (message,) = (str(w.message) for w in caught if "fla" in str(w.message))
-    assert message.startswith("fla.fused_recurrent_gsa.default has no body to inline on cpu, and stays a call")
+    (message,) = (str(w.message) for w in caught if "theirs" in str(w.message))
+    assert message.startswith("theirs.sum_of.default has no body to inline on cpu, and stays a call")
 
 
-class Layer(torch.nn.Module):
-    """What is exported."""
+def test_an_operator_without_a_body_is_not_decomposed(without_a_body: Callable[..., Tensor]) -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return without_a_body(q, k, v)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fla_ops.gsa(q, k, v, k, mode="fused_recurrent")[0]
-
-
-def test_packaging_names_an_operator_that_the_package_will_miss(tmp_path: Path) -> None:
-    _inline._warn.cache_clear()
     program = torch.export.export(Layer(), tuple(torch.ones(1, 20, 2, 4) for _ in range(3)))
-    with torch.no_grad(), fla_ops.inlining(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
-    named = [str(w.message).split()[0] for w in caught if "no body to inline" in str(w.message)]
-    assert named == ["fla.fused_recurrent_gsa.default"]
+    with pytest.raises(NotImplementedError, match=r"theirs\.sum_of\.default has no body of ATen calls"):
+        program.run_decompositions(fla_ops.decompositions())
 
 
 def test_the_readme_says_what_is_inlined_where() -> None:
@@ -159,6 +161,7 @@ def test_the_readme_says_what_is_inlined_where() -> None:
         assert "with their gradients" in sentence
         named = re.findall(r"`(\w+)`", sentence)
         promised |= dict.fromkeys(named, devices)
-        promised |= dict.fromkeys((f"{name}_backward" for name in named if not name.endswith("_")), devices)
-    found = {name: op.inlines_on for name, op in fla_ops.ops().items() if op.inlines_on}
+        gradients = {f"{name}_backward" for name in named} & fla_ops.ops().keys()
+        promised |= dict.fromkeys(gradients, devices)
+    found = {name.removesuffix("_forward"): op.inlines_on for name, op in fla_ops.ops().items() if op.inlines_on}
     assert found == promised

@@ -86,7 +86,7 @@ class Dense:
     def __init__(self, batch: Size, time: Size, size: int | None = None, reverse: bool = False) -> None:
         self.batch, self.time, self.reverse = batch, time, reverse
         self.size = _some(time) if size is None else size
-        self.rows = 1 if size is None else _some((time + size - 1) // size)
+        self.rows = 1 if size is None else _rows((time + size - 1) // size)
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, heads, width] to [B, heads, rows, C, width] in `dtype`, contiguous."""
@@ -132,7 +132,7 @@ class Packed:
         cu_seqlens_values_async(offsets, time)
         starts, ends = offsets[:-1].long(), offsets[1:].long()
         sequences = starts.shape[0]
-        self.rows = _some((time + sequences * (size - 1)) // size)
+        self.rows = _rows((time + sequences * (size - 1)) // size)
         chunks = (ends - starts + size - 1) // size
         after = chunks.cumsum(0)
         self.empty = chunks == 0
@@ -140,7 +140,7 @@ class Packed:
         self.first_row, self.last_row = (after - chunks).clamp(max=self.rows - 1), (after - 1).clamp(min=0)
         # of each row: its sequence, which chunk of it, which steps of the pack
         row = torch.arange(self.rows, device=offsets.device)
-        owner = torch.searchsorted(after, row, right=True)
+        owner = owners(after, self.rows)
         used = owner < sequences
         self.sequence = owner.clamp(max=sequences - 1)
         index = row - self.first_row[self.sequence]
@@ -151,7 +151,7 @@ class Packed:
         self.steps = torch.where(inside, b - 1 - step if reverse else a + step, time)
         # of each step of the pack: where it lies in the chunks
         step = torch.arange(time, device=offsets.device)
-        owner = torch.searchsorted(ends, step, right=True).clamp(max=sequences - 1)
+        owner = owners(ends, time).clamp(max=sequences - 1)
         self.place = (after - chunks)[owner] * size + (ends[owner] - 1 - step if reverse else step - starts[owner])
 
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,6 +193,12 @@ class Packed:
         return torch.where(used, torch.where(inside, before, final[owner]), 0)
 
 
+def owners(ends: Tensor, count: Size) -> Tensor:
+    """The sequence of each of `count` places, [count], where sequence n ends before place ends[n]; N past the last."""
+    after = ends.new_zeros(count + 1).scatter_add(0, ends.clamp(0, count), torch.ones_like(ends))
+    return after.cumsum(0)[:-1]
+
+
 def layout_of(c: Any, size: int) -> Dense | Packed:
     """The steps of a call in chunks of `size`."""
     if c.cu_seqlens is None:
@@ -207,6 +213,13 @@ def _advance(state: Tensor, log_total: Tensor, update: Tensor) -> Tensor:
 def _some(size: Size) -> Size:
     """At least one; a size that is symbolic is."""
     return max(size, 1) if isinstance(size, int) else size
+
+
+def _rows(count: Size) -> Size:
+    """At least one row. A number that is symbolic gets an empty row more: one row alone would be a case of its own, and
+    a graph would serve either that or all others.
+    """
+    return max(count, 1) if isinstance(count, int) else count + 1
 
 
 def _longer(x: Tensor, by: Size, axis: int) -> Tensor:
