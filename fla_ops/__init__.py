@@ -6,6 +6,7 @@ Every operator has a fake implementation and a gradient, so a model that calls i
 
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.causal_conv.api import causal_conv, causal_conv_step_
 from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
@@ -48,6 +49,8 @@ __all__ = [
     "__version__",
     "attn",
     "attn_decoding_one_step",
+    "causal_conv",
+    "causal_conv_step_",
     "chunk_gsa",
     "chunk_lightning_attn",
     "chunk_linear_attn",

@@ -26,6 +26,7 @@ SOURCES = (
     "simple_gla/cpu/recurrent.cpp",
     "linear_attn/cpu/normalize.cpp",
     "attn/cpu/decoding.cpp",
+    "causal_conv/cpu/convolve.cpp",
 )
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
 SERVED = (
@@ -35,6 +36,8 @@ SERVED = (
     "normalize_output",
     "linear_attn_step_",
     "attn_decoding_one_step",
+    "causal_conv",
+    "causal_conv_step_",
 )
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
 
