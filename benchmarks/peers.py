@@ -47,6 +47,9 @@ def peers_of(problem: Problem, pass_: str, device: torch.device) -> Iterator[Pee
     """Yield the peers of one operator on this device."""
     if pass_ == DECODE:
         yield Peer(f"copy of the {'cache' if 'T' in problem.sizes else 'state'}", "torch", _copy, same=False)
+    if problem.family.startswith("causal_conv"):
+        yield from [Peer("conv1d and silu", "torch", _conv1d)] * (pass_ != DECODE)
+        return
     if device.type == "cuda":
         yield from _on_a_gpu(problem, pass_) if problem.operator != "normalize_output" else ()
     else:
@@ -124,6 +127,14 @@ def _by_name(module: str, function: str, setting: str | None = None) -> Callable
         return lambda: found(**given), [x for x in given.values() if isinstance(x, Tensor) and x.requires_grad]
 
     return make
+
+
+def _conv1d(inputs: Inputs, _variant: Any) -> Made:
+    """Convolve channels-first copies, as models without causal_conv1d do."""
+    x, weight, bias = _leaf(inputs["x"].mT, inputs["x"]), inputs["weight"], inputs["bias"]
+    channels, taps = weight.shape
+    filters = {"bias": bias, "padding": taps - 1, "groups": channels}
+    return lambda: F.silu(F.conv1d(x, weight[:, None], **filters)[..., : x.shape[2]]), _trained(x, weight, bias)
 
 
 def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs, Any], Made]:

@@ -29,10 +29,12 @@ CUDA = {
     "parallel": [{"B": 8, "T": 512, "H": 16, **LONG}],
     "gsa": [{"B": 8, "T": 4096, "H": 16, **LONG, "M": 64}],
     "attn": [{"B": 8, "T": 4096, "H": 16, "HQ": 16, **LONG}],
+    "causal_conv": [{"B": 8, "T": 4096, "D": 4096, "W": 4}],
     "simple_gla_step_": [{"N": 256, "H": 32, **LONG}, {"N": 1, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 256, "H": 32, **LONG}],
     "gated_delta_rule_step_": [{"N": 256, "H": 32, **LONG}],
     "gsa_step_": [{"N": 256, "H": 16, **LONG, "M": 64}],
+    "causal_conv_step_": [{"N": 256, "D": 4096, "W": 4}],
     "attn_decoding_one_step": [{"N": 32, "T": 4096, "H": 8, "HQ": 32, **LONG}],
 }
 CPU = {
@@ -41,10 +43,12 @@ CPU = {
     "parallel": [{"B": 1, "T": 512, "H": 4, "K": 64, "V": 64}],
     "gsa": [{"B": 1, "T": 1024, "H": 4, "K": 64, "V": 64, "M": 64}],
     "attn": [{"B": 1, "T": 4096, "H": 4, "HQ": 4, "K": 64, "V": 64}],
+    "causal_conv": [{"B": 1, "T": 4096, "D": 1024, "W": 4}],
     "simple_gla_step_": [{"N": 8, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 8, "H": 32, **LONG}],
     "gated_delta_rule_step_": [{"N": 8, "H": 32, **LONG}],
     "gsa_step_": [{"N": 8, "H": 16, **LONG, "M": 64}],
+    "causal_conv_step_": [{"N": 8, "D": 1024, "W": 4}],
     "attn_decoding_one_step": [{"N": 8, "T": 4096, "H": 2, "HQ": 8, "K": 64, "V": 64}],
 }
 QUICK = {  # of a large problem's sizes, those that are cut
@@ -250,13 +254,26 @@ def _normalise(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     return {"q": inputs["q"], "k": inputs["k"], "o": inputs["v"]}
 
 
+def _convolution(draw: Draw, s: Sizes, _strong: bool) -> Inputs:
+    filters = {"weight": draw.normal(s["D"], s["W"]), "bias": draw.normal(s["D"]), "activation": "silu"}
+    return {"x": draw.normal(s["B"], s["T"], s["D"]), **filters}
+
+
+def _convolution_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    n, channels, taps = s["N"], s["D"], s["W"]
+    filters = _convolution(draw, {**s, "B": 1, "T": 1}, strong)
+    return {**filters, "x": draw.normal(n, channels), "state": draw.normal(n, channels, taps - 1)}
+
+
 TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "simple_gla_step_": Family(_step, (), roofline.state_step),
     "gated_delta_rule_step_": Family(_delta_step, (), roofline.state_step),
     "linear_attn_step_": Family(_normalised_step, (), roofline.state_step),
     "gsa_step_": Family(_slot_step, (), roofline.state_step),
+    "causal_conv_step_": Family(_convolution_step, (), roofline.convolution_step),
     "attn_decoding_one_step": Family(_cache_step, (), roofline.cache_step),
     "normalize_output": Family(_normalise, ("q", "k", "o"), roofline.normalisation),
+    "causal_conv": Family(_convolution, ("x", "weight", "bias"), roofline.convolution),
     "simple_gla": Family(_gated, ("q", "k", "v", "g"), roofline.scalar_decay),
     "linear_attn": Family(_positive, ("q", "k", "v"), roofline.no_decay),
     "lightning_attn": Family(_lightning, ("q", "k", "v"), roofline.no_decay),

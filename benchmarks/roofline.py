@@ -140,3 +140,15 @@ def normalisation(s: Sizes, element: int) -> tuple[Work, Work]:
     """Count the division by the normaliser, which reads q, k and o and writes o; its backward moves twice that."""
     forward = Work(0, s["B"] * s["T"] * s["H"] * element * (2 * s["K"] + 2 * s["V"]))
     return forward, forward + forward
+
+
+def convolution(s: Sizes, element: int) -> tuple[Work, Work]:
+    """Count a causal convolution, which reads and writes every step once; its backward reads two and writes one."""
+    numbers = s["B"] * s["T"] * s["D"]
+    return Work(2 * numbers * s["W"], 2 * numbers * element), Work(6 * numbers * s["W"], 3 * numbers * element)
+
+
+def convolution_step(s: Sizes, element: int) -> tuple[Work, Work]:
+    """Count one step of it, which reads and writes the steps before once, as it does its own."""
+    numbers = s["N"] * s["D"]
+    return Work(2 * numbers * s["W"], 2 * numbers * s["W"] * element), Work(0, 0)

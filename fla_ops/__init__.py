@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from fla_ops import distributed as distributed  # runs every operator on DTensors
 from fla_ops import registrations as registrations  # registers every operator
 from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.causal_conv.api import causal_conv, causal_conv_step_
 from fla_ops.gated_delta_rule.api import (
     chunk_gated_delta_rule,
     fused_recurrent_gated_delta_rule,
@@ -69,6 +70,8 @@ __all__ = [
     "__version__",
     "attn",
     "attn_decoding_one_step",
+    "causal_conv",
+    "causal_conv_step_",
     "chunk_gated_delta_rule",
     "chunk_gsa",
     "chunk_lightning_attn",

@@ -34,6 +34,7 @@ SCHEMA_TYPES = {
     "bool": "bool",
     "float | None": "float?",
     "str": "str",
+    "str | None": "str?",
     "torch.dtype | None": "ScalarType?",
     "torch.device | None": "Device?",
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHUNK_SIZES = (16, 32, 64, 128, 256)
-COUNTED = ("H", "HK", "HQ", "K", "V", "M")  # of which there is at least one
+COUNTED = ("H", "HK", "HQ", "K", "V", "M", "D", "W")  # of which there is at least one
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 SETTINGS = frozenset((type(None), bool, int, float, str))
 ACCEPTED = 4096  # calls that `once` remembers
@@ -74,9 +74,10 @@ def bind(name: str, x: Tensor, axes: str, sizes: Sizes) -> None:
 
     torch._check_value(x.dim() == len(letters), message)
     for letter, size in zip(letters, x.shape, strict=True):
-        if letter not in sizes and letter in COUNTED:
-            positive(name, size, letter)
-        sizes.setdefault(letter, size)
+        if letter not in sizes:
+            if letter in COUNTED:
+                positive(name, size, letter)
+            sizes[letter], sizes[f"{letter}-1"] = size, size - 1
     for letter, size in zip(letters, x.shape, strict=True):
         torch._check_value(size == sizes[letter], message)
 

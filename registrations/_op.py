@@ -19,7 +19,7 @@ from . import _autocast, _flops, _gradient, _inline, _taken, _vmap
 
 NAMESPACE = "fla"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-ACTIVATIONS = ("q", "k", "v", "o")  # what autocast casts: gates, biases and states keep their dtype
+ACTIVATIONS = ("q", "k", "v", "o", "x")  # what autocast casts: gates, biases and states keep their dtype
 
 # Triton's own switch: with it set, a kernel runs on host tensors, so the CPU key takes the Triton launchers.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,8 +1,9 @@
 """The batching rule of every operator: a mapped axis becomes more heads.
 
-Every tensor of a call has one axis of heads, and heads do not see each other. So a tensor of H heads that is mapped
-over M is one of M * H heads, and one that is not mapped is repeated. Packed sequences, decays and sinks of a head,
-states and grouped heads need no rule of their own, and the gradient of what the samples share comes apart by sample.
+Every tensor of a call has one axis of heads, or of channels, and these do not see each other. So a tensor of H heads
+that is mapped over M is one of M * H heads, and one that is not mapped is repeated. Packed sequences, decays and sinks
+of a head, states and grouped heads need no rule of their own, and the gradient of what the samples share comes apart by
+sample.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch._ops import OpOverload
 from fla_ops.signature import Gradient, Signature
 from fla_ops.validation import letters_of
 
-HEADS = ("H", "HK", "HQ")
+HEADS = ("H", "HK", "HQ", "D")
 NOT_MAPPED = 1_000_003  # no batch has this size
 
 

@@ -129,7 +129,7 @@ def specialise(call: Launch) -> Specialisation:
 
 # Sizes on which a kernel's tile does not depend, and the blocks that a width is cut into.
 SIZES = ("H", "HK", "HQ", "HV", "WIDTH")
-BLOCKS = {"K": ("BK", "BU"), "V": ("BV", "BU"), "U": ("BU",), "M": ("BM",)}
+BLOCKS = {"K": ("BK", "BU"), "V": ("BV", "BU"), "U": ("BU",), "M": ("BM",), "D": ("BD",)}
 
 
 def shape_of(call: Launch) -> tuple[Any, ...]:

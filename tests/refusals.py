@@ -21,7 +21,7 @@ from torch import Tensor
 from fla_ops.validation import COUNTED, letters_of, pattern_of
 from tests.cases import COMBINATION, EXPORT, Case, Inputs, cases
 
-ACTIVATIONS = ("q", "k", "v", "o")  # these share one dtype
+ACTIVATIONS = ("q", "k", "v", "o", "x")  # these share one dtype
 HEADS = ("H", "HK", "HQ")  # of which one is a multiple of another
 FLOATS = "float64, float32, bfloat16, float16"
 FLOATING = "must be float64, float32, bfloat16 or float16, got int32"
@@ -218,8 +218,9 @@ def cut(axis: int, length: int) -> Callable[[Tensor], Tensor]:
 
 def known(case: Case, letter: str) -> str:
     """The letter by which a call knows a size: sequences are counted by their offsets, or else are the batch."""
-    if letter in ("N", "N+1") and "q" in case.axes:
-        batched = "B" in letters_of(case.axes["q"]) and "cu_seqlens" not in case.given
+    first = case.declaration.fields[0]
+    if letter in ("N", "N+1") and first in case.axes:
+        batched = "B" in letters_of(case.axes[first]) and "cu_seqlens" not in case.given
         return "B" if batched else "N"
     return letter
 

@@ -31,6 +31,7 @@ SOURCES = (
     "gsa/cpu/chunk.cpp",
     "gsa/cpu/chunk_backward.cpp",
     "gsa/cpu/recurrent.cpp",
+    "causal_conv/cpu/convolve.cpp",
 )
 SLOT_FORMS = ("chunk_gsa", "fused_recurrent_gsa")
 CHUNKED = ("chunk_simple_gla", "fused_chunk_simple_gla")
@@ -50,6 +51,8 @@ SERVED = (
     "chunk_gsa",
     "gsa_step_",
     "fused_recurrent_gsa",
+    "causal_conv",
+    "causal_conv_step_",
 )
 SCENARIOS = [case for name in SERVED for case in cases(name) if COMBINATION not in case.tags]
 

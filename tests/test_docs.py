@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fla_ops
+from fla_ops.causal_conv import reference as causal_conv
 from fla_ops.simple_gla import reference
 from tests.numerics import close
 
@@ -28,7 +29,7 @@ def run(program: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_serving() -> None:
-    prefill, pool, packed, prefixes, drafted, attention = blocks("serving.md")
+    prefill, pool, convolution, packed, prefixes, drafted, attention = blocks("serving.md")
     names: dict[str, Any] = {}
 
     run(prefill, names)
@@ -43,6 +44,12 @@ def test_serving() -> None:
     close(names["pool"][[5, 0, 2]], state)
     assert not names["o"][3].any()
     assert not names["pool"][[1, 3, 4, 6, 7]].any()
+
+    run(convolution, names)
+    o, _ = causal_conv.convolve(*(names[name] for name in ("x", "weight", "bias")), activation="silu")
+    close(names["convolved"][:3], o[:, 16])
+    assert not names["convolved"][3].any()
+    assert torch.equal(names["conv_pool"][[5, 0, 2]], names["x"][:, 14:17].mT)
 
     run(packed, names)
     initial = torch.cat([state[:2], torch.zeros_like(state[2:])])

@@ -34,8 +34,8 @@ from ..timing import Implementation, measure, synchronise
 
 Entry = dict[str, Any]
 GAIN = 0.97  # a new setting must take less than this share of the time before
-BLOCKS = ("BT", "BR", "BK", "BV", "BLOCK")
-LIMITS = {"BT": (16, 128), "BR": (16, 128), "BK": (16, 256), "BV": (8, 256), "BLOCK": (256, 4096)}
+BLOCKS = ("BT", "BR", "BK", "BV", "BD", "BLOCK")
+LIMITS = {"BT": (16, 128), "BR": (16, 128), "BK": (16, 256), "BV": (8, 256), "BD": (16, 256), "BLOCK": (256, 4096)}
 WARPS, STAGES = (1, 8), (1, 5)
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative difference that another order of sums may make
 COMPOSED = ("linear_attn", "lightning_attn")  # families that launch other families' kernels

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fla_ops.attn import reference as attn
+from fla_ops.causal_conv import reference as causal_conv
 from fla_ops.gated_delta_rule import reference as gated_delta_rule
 from fla_ops.gsa import reference as gsa
 from fla_ops.lightning_attn import reference as lightning_attn
@@ -18,6 +19,7 @@ from fla_ops.linear_attn import reference as linear_attn
 from fla_ops.simple_gla import reference as simple_gla
 
 B, T, HK, H, K, M, V = 2, 70, 2, 4, 16, 8, 24  # two chunks of 64 steps; heads are grouped
+D, W = 24, 4  # of a convolution
 OFFSETS = (0, 30, 70)  # of the caches that a step of attn reads
 
 
@@ -53,6 +55,7 @@ def problems() -> list[Problem]:
         *_gated_delta_rule(normal, uniform),
         *_gsa(normal, uniform),
         *_attn(normal, uniform),
+        *_causal_conv(normal),
     ]
 
 
@@ -198,4 +201,14 @@ def _attn(normal: Draw, uniform: Draw) -> list[Problem]:
     return [
         *(Problem(form, given | beside, lambda **x: attn.parallel(**x)[0]) for form in ("attn", "parallel_attn")),
         Problem("attn_decoding_one_step", caches | beside, attn.one_step, trained=False),
+    ]
+
+
+def _causal_conv(normal: Draw) -> list[Problem]:
+    filters = {"weight": normal(D, W), "bias": normal(D), "activation": "silu"}
+    given = {"x": normal(B, T, D), **filters, "initial_state": normal(B, D, W - 1)}
+    first = {"x": normal(B, D), "state": normal(B, D, W), **filters}
+    return [
+        Problem("causal_conv", given, causal_conv.convolve, {"output_final_state": True}),
+        Problem("causal_conv_step_", first, causal_conv.step, updated=("state",), trained=False),
     ]

@@ -17,7 +17,7 @@ from fla_ops.validation import letters_of
 from tests.cases import COMBINATION, EXPORT, Case, Inputs, cases
 from tests.contract.helpers import Named, cotangents, detached, evaluate, params, same_bits
 
-HEADS = ("HK", "H", "HQ")
+HEADS = ("HK", "H", "HQ", "D")
 Spans = Mapping[str, slice | list[int]]  # for each axis letter what is poisoned of it
 
 WIDE = [case for case in cases(tag=EXPORT) if "cu_seqlens" not in case.given]

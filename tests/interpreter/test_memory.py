@@ -38,6 +38,7 @@ SMALLEST = {
     "BU": 16,
     "BR": 2,
     "BS": 2,
+    "BD": 16,
     "BP": 2,
     "SPLIT": 32,
     "TILE": 16,

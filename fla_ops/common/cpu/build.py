@@ -166,7 +166,7 @@ def address(x: Tensor | None) -> int | None:
 
 def offsets(c: Any) -> Tensor | None:
     """Where the packed sequences of a call begin and end, checked, in int64; None for a dense batch."""
-    return None if c.cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(c.cu_seqlens, c.q.shape[1]))
+    return None if c.cu_seqlens is None else torch.tensor(valid.cu_seqlens_values(c.cu_seqlens, c[0].shape[1]))
 
 
 def float32(x: Tensor | None) -> Tensor | None:

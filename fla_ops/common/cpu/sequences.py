@@ -37,7 +37,7 @@ def one_by_one(body: Callable[..., Sequence[Any]], c: Any, names: Sequence[str],
 
     Results without an axis that tells sequences apart are added up.
     """
-    if is_traced(c.q) or (c.cu_seqlens is None and c.q.shape[0] <= 1):
+    if is_traced(c[0]) or (c.cu_seqlens is None and c[0].shape[0] <= 1):
         return list(body(c, *given))
     results = [body(*(_cut(x, c.axes, span) for x in (c, *given))) for span in _spans(c)]
     return [_join(c, name, parts) for name, parts in zip(names, zip(*results, strict=True), strict=True)]
@@ -45,12 +45,12 @@ def one_by_one(body: Callable[..., Sequence[Any]], c: Any, names: Sequence[str],
 
 def _spans(c: Any) -> list[Span]:
     if c.cu_seqlens is None:
-        return [{"B": slice(n, n + 1), "N": slice(n, n + 1)} for n in range(c.q.shape[0])]
+        return [{"B": slice(n, n + 1), "N": slice(n, n + 1)} for n in range(c[0].shape[0])]
     return [{"T": slice(a, b), "N": slice(n, n + 1)} for n, (a, b) in enumerate(itertools.pairwise(_offsets(c)))]
 
 
 def _offsets(c: Any) -> list[int]:
-    return valid.cu_seqlens_values(c.cu_seqlens, c.q.shape[1])
+    return valid.cu_seqlens_values(c.cu_seqlens, c[0].shape[1])
 
 
 def _cut(x: Any, axes: Any, span: Span) -> Any:

@@ -20,17 +20,17 @@ def contiguous(c: Any, but: tuple[str, ...] = ()) -> Any:
     )
 
 
-def refuse_float64(q: Tensor) -> None:
+def refuse_float64(x: Tensor, names: str = "q, k, v") -> None:
     """The kernels compute in float32."""
-    if q.dtype is torch.float64:
-        raise TypeError("q, k, v must be float32, bfloat16 or float16 on a GPU, got float64")
+    if x.dtype is torch.float64:
+        raise TypeError(f"{names} must be float32, bfloat16 or float16 on a GPU, got float64")
 
 
-def check_offsets(c: Any) -> None:
-    """The values of a call's cu_seqlens, without waiting for a device."""
+def check_offsets(c: Any, packed: str = "k") -> None:
+    """The values of a call's cu_seqlens over the steps of a tensor, without waiting for a device."""
     if c.cu_seqlens is None:
         return
-    time = c.k.shape[1]
+    time = getattr(c, packed).shape[1]
     if c.cu_seqlens.is_cuda:
         valid.cu_seqlens_values_async(c.cu_seqlens, time)
     else:

@@ -1,0 +1,1 @@
+"""The CPU implementations of causal_conv."""
