@@ -5,9 +5,9 @@
     integration.enable()    # every model of this process that can be served; disable() puts everything back
 
 What transformers calls to mix tokens are functions that its modelling modules hold by name. Those are replaced: models
-with Mamba-2 layers are served, also those that transformers adds later, and MiniMax's lightning attention. Compiled
-code follows, since Dynamo guards on them. Softmax attention is an attention implementation of its own, for every model
-that takes one: `attn_implementation="fla_ops"`.
+with Mamba-2 layers or with the gated delta rule are served, also those that transformers adds later, and MiniMax's
+lightning attention. Compiled code follows, since Dynamo guards on them. Softmax attention is an attention
+implementation of its own, for every model that takes one: `attn_implementation="fla_ops"`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fla_ops
-from fla_ops.integrations import mamba, softmax_attention
+from fla_ops.integrations import delta_rule, mamba, softmax_attention
 
 NAME = "fla_ops"
 MODULES = "transformers.models."
@@ -43,8 +43,8 @@ def enable(*, force: bool = False) -> None:
     """Serve every model of transformers in this process, whether its module is imported already or later.
 
     Args:
-        force: replace kernels of mamba_ssm and causal_conv1d too. Without it only what runs transformers' own
-            PyTorch code is replaced.
+        force: replace kernels of mamba_ssm, causal_conv1d and flash-linear-attention too. Without it only what runs
+            transformers' own PyTorch code is replaced, and flash-linear-attention's kernels where they have no device.
 
     Raises:
         RuntimeError: if this release of transformers calls one of the functions otherwise. Nothing is replaced then; a
@@ -78,9 +78,9 @@ def patch(model: Model, *, force: bool = False) -> Model:
         served = True
     if not served:
         raise ValueError(
-            f"patch wants a model with Mamba-2 layers, MiniMax's lightning attention or attention with sinks, on "
-            f"transformers' own PyTorch code, got {type(model).__name__}. force=True also replaces kernels of "
-            f'mamba_ssm; attn_implementation="{NAME}" after enable() serves softmax attention'
+            f"patch wants a model with Mamba-2 layers, the gated delta rule, MiniMax's lightning attention or "
+            f"attention with sinks, on transformers' own PyTorch code, got {type(model).__name__}. force=True also "
+            f'replaces kernels of mamba_ssm; attn_implementation="{NAME}" after enable() serves softmax attention'
         )
     return model
 
@@ -185,8 +185,8 @@ def _activation(name: str | None) -> tuple[str | None, Callable[[Any], Any]]:
 
 
 def _seq_idx(kwargs: dict[str, Any], time: int) -> Tensor | None:
-    """Which sequence a step belongs to, from seq_idx or cu_seqlens."""
-    seq_idx, cu_seqlens = kwargs.get("seq_idx"), kwargs.get("cu_seqlens")
+    """Which sequence a step belongs to, from seq_idx or offsets, by either name."""
+    seq_idx, cu_seqlens = kwargs.get("seq_idx"), kwargs.get("cu_seqlens", kwargs.get("cu_seq_lens_q"))
     if seq_idx is None and cu_seqlens is not None:
         steps = torch.arange(time, device=cu_seqlens.device)
         seq_idx = torch.bucketize(steps, cu_seqlens[1:], right=True)[None]
@@ -243,6 +243,12 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_update,
 }
+DELTA_RULE: dict[str, Callable[..., Any]] = {
+    "torch_chunk_gated_delta_rule": delta_rule.chunk,
+    "torch_recurrent_gated_delta_rule": delta_rule.recurrent,
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_update,
+}
 FORWARDS: dict[str, Callable[..., Any]] = {"MiniMaxLightningAttention": _lightning_attention}
 
 
@@ -256,7 +262,7 @@ def _serve(modules: list[ModuleType], force: bool) -> bool:
     todo = []
     for owner, name, new in places:
         old = getattr(owner, name)
-        if old is not new and (force or _is_torch_code(old)):
+        if old is not new and (force or _is_torch_code(old) or _cannot_run(name)):
             _check_parameters(f"{owner.__name__}.{name}", old, new)
             todo.append((owner, name, old, new))
     for owner, name, old, new in todo:  # after every check, so that an error leaves all modules as they were
@@ -268,8 +274,9 @@ def _serve(modules: list[ModuleType], force: bool) -> bool:
 def _places(module: ModuleType) -> list[tuple[Any, str, Callable[..., Any]]]:
     """Where a modelling module, or a class of it, holds what can be replaced, and by what."""
     found: list[tuple[Any, str, Callable[..., Any]]] = []
-    if "mamba2_chunk_scan" in vars(module):
-        found += [(module, name, new) for name, new in FUNCTIONS.items() if name in vars(module)]
+    for functions in (FUNCTIONS, DELTA_RULE):
+        if next(iter(functions)) in vars(module):
+            found += [(module, name, new) for name, new in functions.items() if name in vars(module)]
     for name, new in FORWARDS.items():
         cls = vars(module).get(name)
         if isinstance(cls, type) and cls.__module__ == module.__name__:
@@ -291,6 +298,13 @@ def _is_torch_code(function: Any) -> bool:
             return True
         function = function.__wrapped__
     return False
+
+
+def _cannot_run(name: str) -> bool:
+    """Whether the package that transformers takes for a function has nothing but kernels for a device that is not here:
+    flash-linear-attention may be installed beside a CPU.
+    """
+    return name.endswith("_gated_delta_rule") and not torch.accelerator.is_available()
 
 
 def _check_parameters(what: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:

@@ -23,6 +23,25 @@ SINKS = {
     "max_position_embeddings": 512,
 }
 
+DELTA = {
+    **COMMON,
+    **ATTENTION,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+    "max_position_embeddings": 512,
+}
+EXPERTS = {
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "Mamba2",
@@ -96,6 +115,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "linear_attention"],
         },
     ),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5Text", DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {**DELTA, **EXPERTS}),
+    "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_num_value_heads": 2}),
     "gpt_oss": (
         "GptOss",
         {
@@ -142,8 +165,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**SINKS, "attn_implementation": "eager"}),
 }
 
-RECURRENT = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2", "minimax")
-SCANS = RECURRENT[:-1]
+SCANS = ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2")
+DELTA_RULE = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid")
+RECURRENT = (*SCANS, "minimax", *DELTA_RULE)
 SOFTMAX = ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "llama", "mistral", "qwen2_moe")
 EVERY = (*RECURRENT, *SOFTMAX)
 
@@ -153,7 +177,7 @@ def build(name: str, **changes: Any) -> Any:
     prefix, settings = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**{**settings, **changes})
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config)
     for key, parameter in model.named_parameters():
         draw(key.rpartition(".")[2], parameter)
     return model.eval()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fla_ops.integrations.transformers as integration
-from tests.integrations.models import EVERY, RECURRENT, SCANS, SOFTMAX, build, padding, prompt
+from tests.integrations.models import DELTA_RULE, EVERY, RECURRENT, SCANS, SOFTMAX, build, padding, prompt
 from tests.numerics import check, close
 
 
@@ -131,6 +131,24 @@ def test_packed_training_equals_sequences_apart(name: str) -> None:
             close(result[key], parameter.grad)
 
 
+@pytest.mark.parametrize("name", DELTA_RULE)
+def test_packed_delta_rule_equals_sequences_apart(name: str) -> None:
+    model = integration.patch(build(name)).train()
+    tokens, positions, seq_idx = packed()
+    offsets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    packed_loss(model, tokens, position_ids=positions, cu_seq_lens_q=offsets).backward()
+    result = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for part in tokens.split(LENGTHS, 1):
+        packed_loss(model, part).backward()
+    assert len(result) > 10
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            close(result[key], parameter.grad)
+    with pytest.raises(ValueError, match="need cu_seq_lens_q, got seq_idx alone"):
+        packed_loss(model, tokens, position_ids=positions, seq_idx=seq_idx)
+
+
 @pytest.mark.parametrize("name", SOFTMAX)
 def test_packed_attention(name: str) -> None:
     model = build(name)
@@ -175,7 +193,7 @@ def test_gradient_checkpointing(name: str) -> None:
         close(result[key], grad)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "minimax", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1", "minimax", "qwen3_next", "gpt_oss"])
 def test_bfloat16_is_as_far_from_the_truth(name: str) -> None:
     model, tokens = build(name), prompt()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 from transformers.models.zamba2 import modeling_zamba2
 
 import fla_ops.integrations.transformers as integration
-from tests.integrations.models import SCANS, build
+from tests.integrations.models import DELTA_RULE, SCANS, build
 
 
 def held(module: Any) -> dict[str, Any]:
@@ -47,6 +47,27 @@ def test_every_scan_has_the_functions_that_are_replaced(name: str) -> None:
     assert held(module) == integration.FUNCTIONS
     integration.disable()
     assert held(module) == before
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["alone", "beside-flash-linear-attention"])
+@pytest.mark.parametrize("name", DELTA_RULE)
+def test_the_gated_delta_rule_is_served(name: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where transformers would call kernels that have no device here."""
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    rules = [function for function in integration.DELTA_RULE if function.endswith("_rule")]
+    for function in rules if installed else ():
+        monkeypatch.setattr(module, function, as_if_found(getattr(module, function).__wrapped__))
+    before = [vars(module)[function] for function in integration.DELTA_RULE]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    integration.enable()
+    assert [vars(module)[function] for function in integration.DELTA_RULE] == [*integration.DELTA_RULE.values()]
+    integration.disable()
+    assert [vars(module)[function] for function in integration.DELTA_RULE] == before
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    integration.enable()
+    kept = [vars(module)[function] is old for function, old in zip(integration.DELTA_RULE, before, strict=True)]
+    assert kept == [installed, installed, False, False]
+    integration.disable()
 
 
 def test_enable_serves_every_loaded_module_and_disable_restores() -> None:

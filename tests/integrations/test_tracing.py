@@ -14,7 +14,7 @@ from tests.numerics import close
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-QUICK = ("mamba2", "gpt_oss")
+QUICK = ("mamba2", "qwen3_next", "gpt_oss")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
