@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fla_ops
-from fla_ops.integrations import mamba, softmax_attention
+from fla_ops.integrations import delta_rule, mamba, softmax_attention
 
 NAME = "fla_ops"
 MODULES = "transformers.models."
@@ -302,8 +302,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _convolution_update,
 }
 DELTA_RULE: dict[str, Callable[..., Any]] = {
-    "torch_chunk_gated_delta_rule": _chunk_delta_rule,
-    "torch_recurrent_gated_delta_rule": _recurrent_delta_rule,
+    "torch_chunk_gated_delta_rule": delta_rule.chunk,
+    "torch_recurrent_gated_delta_rule": delta_rule.recurrent,
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_update,
 }
