@@ -118,7 +118,9 @@ class Signature:
     @property
     def results(self) -> tuple[str, ...]:
         """The names of what it returns."""
-        return ("o",) if self.outputs == "Tensor" else tuple(self.outputs._fields)
+        if isinstance(self.outputs, str):
+            return ("o",) if self.outputs == "Tensor" else ()
+        return tuple(self.outputs._fields)
 
     def returned(self, results: Any) -> Any:
         """What the operator returns, from what an implementation does: a single result is no tuple."""

@@ -68,9 +68,9 @@ def _share(s: Sharding, name: str, gradient: Tensor) -> Tensor:
 
 def run(s: Sharding, arguments: Arguments) -> Results:
     """The operator's results by name."""
-    returned = s.operator.overload(*arguments.values())
-    values = returned if isinstance(returned, tuple) else (returned,)
-    return dict(zip(s.operator.declaration.results, values, strict=True))
+    returned, names = s.operator.overload(*arguments.values()), s.operator.declaration.results
+    values = returned if isinstance(returned, tuple) else (returned,) * len(names)
+    return dict(zip(names, values, strict=True))
 
 
 def wrapped(s: Sharding, results: Results, in_time: Mapping[str, Any] | None = None) -> Any:
@@ -96,7 +96,9 @@ def wrapped(s: Sharding, results: Results, in_time: Mapping[str, Any] | None = N
             continue
         home = _home(s, name, found)
         outputs.append(y if home == found else y.redistribute(s.mesh, home))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if len(outputs) > 1:
+        return tuple(outputs)
+    return outputs[0] if outputs else None
 
 
 def _dtensor(s: Sharding, x: Tensor, found: Placements, shape: list[Any]) -> DTensor:

@@ -193,64 +193,6 @@ def _seq_idx(kwargs: dict[str, Any], time: int) -> Tensor | None:
     return seq_idx
 
 
-def _chunk_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    chunk_size: int = 64,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    return fla_ops.gated_delta_rule(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        cu_seqlens=_cu_seqlens(kwargs),
-        chunk_size=chunk_size,
-    )
-
-
-def _recurrent_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    return fla_ops.fused_recurrent_gated_delta_rule(
-        query,
-        key,
-        value,
-        g,
-        beta,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        cu_seqlens=_cu_seqlens(kwargs),
-    )
-
-
-def _cu_seqlens(kwargs: dict[str, Any]) -> Tensor | None:
-    """The offsets of packed sequences, without which a state would run on from one into the next."""
-    cu_seqlens: Tensor | None = kwargs.get("cu_seqlens")
-    if cu_seqlens is None and kwargs.get("seq_idx") is not None:
-        raise ValueError("packed sequences of the gated delta rule need cu_seq_lens_q, got seq_idx alone")
-    return cu_seqlens
-
-
 def _no_fused_mixer(*args: Any, **kwargs: Any) -> None:
     """What the whole mixer at once answers where there is no kernel for it: the mixer then calls its parts."""
 
