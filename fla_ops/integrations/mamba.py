@@ -5,13 +5,14 @@
 
 They run on any device, trace under torch.compile(fullgraph=True) and torch.export, and have every gradient. The scan
 and the step are simple_gla with B as keys, C as queries, dt * x as values and A * dt as decay; activations keep their
-dtype, decays and states are float32 (float64 for float64 inputs). The convolutions are ATen calls.
+dtype, decays and states are float32 (float64 for float64 inputs). The convolutions are causal_conv and its step; those
+with seq_idx or a ring for a state are ATen calls.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 import fla_ops
 
 NO_LIMIT = (0.0, math.inf)
+Activation = Literal["silu", "swish"]
 
 
 def mamba_chunk_scan_combined(
@@ -155,7 +157,7 @@ def causal_conv1d_fn(
     initial_states: Tensor | None = None,
     return_final_states: bool = False,
     final_states_out: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> Any:
     """Depthwise causal convolution: o_t = activation(bias + sum_i weight_i x_{t - W + 1 + i}).
 
@@ -180,17 +182,10 @@ def causal_conv1d_fn(
             raise ValueError("seq_idx goes without states, got initial_states or return_final_states beside it")
         o = _separate(x.to(weight.dtype), weight, bias, seq_idx)
         return _activate(o, activation).to(x.dtype)
-    if initial_states is None:
-        o = F.conv1d(x.to(weight.dtype), weight[:, None], bias, padding=before, groups=channels)[..., :time]
-        window = x
-    else:
-        window = torch.cat([initial_states.to(x.dtype), x], -1)
-        o = F.conv1d(window.to(weight.dtype), weight[:, None], bias, groups=channels)
-    o = _activate(o, activation).to(x.dtype)
-    if not return_final_states:
-        return o
-    final = F.pad(window, (before, 0))[..., window.shape[-1] :]
-    return o, final.clone() if final_states_out is None else final_states_out.copy_(final)
+    o, final = fla_ops.causal_conv(x.mT, weight, bias, initial_states, return_final_states, activation)
+    if final is None:
+        return o.mT
+    return o.mT, final.to(x.dtype) if final_states_out is None else final_states_out.copy_(final)
 
 
 def causal_conv1d_update(
@@ -198,7 +193,7 @@ def causal_conv1d_update(
     conv_state: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
@@ -226,6 +221,11 @@ def causal_conv1d_update(
     _shape("conv_state", conv_state, "[B, D, S]", (rows, channels, length))
     if length < taps - 1:
         raise ValueError(f"conv_state must hold at least W - 1 = {taps - 1} steps, got {length}")
+    tensors = (x, conv_state, weight, bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if time == 1 and cache_seqlens is None and not recorded:
+        step = (x[..., 0], conv_state, weight, bias, activation, conv_state_indices)
+        return fla_ops.causal_conv_step_(*step)[..., None]
     present, state = None, conv_state
     if conv_state_indices is not None:
         present = conv_state_indices >= 0

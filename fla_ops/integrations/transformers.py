@@ -177,7 +177,7 @@ def _convolution_update(
     return o
 
 
-def _activation(name: str | None) -> tuple[str | None, Callable[[Any], Any]]:
+def _activation(name: str | None) -> tuple[Any, Callable[[Any], Any]]:
     """What the convolution applies, and what is left for transformers to apply."""
     if name in (None, "silu", "swish"):
         return name, lambda o: o
