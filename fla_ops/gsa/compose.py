@@ -37,23 +37,19 @@ def prefill(c: Prefill) -> Tensor:
 
 
 def advance(c: Advance) -> None:
-    """The first `accepted` steps of each sequence, one after the other with a decode step's operations; in steps that
-    are not taken a state keeps its bits.
-    """
+    """The first `accepted` steps of each sequence, one decode step after the other."""
     checks.eager_advance(c)
     time, dtype = c.k.shape[1], valid.state_dtype(c.v)
     if c.accepted.device.type == "cpu":
         valid.step_counts(c.accepted, time)
     slots = _known(c.slots, len(c.state_k))
     held = [_read(pool, slots) for pool in c.pools]
-    state_k, state_v = (x.to(dtype, copy=True) for x in held)
-    taken = (torch.arange(time, device=c.k.device) < c.accepted[:, None])[..., None, None]
-    k, v, s, decay = (torch.where(taken, x.to(dtype), 0) for x in (c.k, c.v, c.s, c.g))
-    decay = decay.exp()
+    states = [x.to(dtype, copy=True) for x in held]
+    row, unread = torch.arange(len(c.accepted), device=c.k.device), torch.zeros_like(c.k[:, 0])
     for t in range(time):
-        state_k.mul_(decay[:, t].unsqueeze(2)).addcmul_(k[:, t].unsqueeze(3), s[:, t].unsqueeze(2))
-        state_v.mul_(decay[:, t].unsqueeze(3)).addcmul_(s[:, t].unsqueeze(3), v[:, t].unsqueeze(2))
-    for pool, before, after in zip(c.pools, held, (state_k, state_v), strict=True):
+        given = (x[:, t] for x in (c.k, c.v, c.s, c.g))
+        torch.ops.fla.gsa_step_(unread, *given, *states, 1.0, torch.where(t < c.accepted, row, -1))
+    for pool, before, after in zip(c.pools, held, states, strict=True):
         rows.write_(pool, slots, before, after)
 
 

@@ -21,7 +21,7 @@ def causal_conv1d(
     residual: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool | None = False,
-    activation: str | None = None,
+    activation: mamba.Activation | None = None,
     backend: str | None = "triton",
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
@@ -51,7 +51,7 @@ def causal_conv1d_update(
     residual: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: str | None = None,
+    activation: mamba.Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of N sequences, x [N, D], [N, 1, D] or [1, N, D]; cache [N, D, W] takes it up, in place."""
     if weight is None:
