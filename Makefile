@@ -1,13 +1,17 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
-SELECTED := -m 'not slow'
+SELECTED := -m 'not slow and not exhaustive'
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
+<<<<<<< ours
 .PHONY: help demo distributed test test-all check bench clean
+=======
+.PHONY: help demo test test-all check tiles bench clean
+>>>>>>> theirs
 
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -30,13 +34,16 @@ check: $(INSTALLED)  ## Lint, types, import directions and layout
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py
 
-test-all: SELECTED :=
+test-all: SELECTED := -m 'not exhaustive'
 test-all: test  ## The checks, then every test, the slow ones too
 
 # The second run has Triton's interpreter on, which must be decided before Triton is imported.
 test: check  ## The checks, then the tests that are not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(SELECTED) --durations=15 --ignore=tests/interpreter --ignore=tests/test_structure.py
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) $(SELECTED) --durations=15 tests/interpreter
+
+tiles: $(INSTALLED)  ## Compile every tile of every kernel for four cards, which takes hours; ARGS="-k slot_gradient" takes some
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m exhaustive $(ARGS) tests/test_aot.py
 
 bench: $(INSTALLED)  ## Time every operator on small sizes, then what has a target at its own size
 	$(BIN)/python -m benchmarks --quick $(ARGS)

@@ -119,7 +119,7 @@ def wrong_with(target: str, call: aot.Launch) -> str:
     return ""
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", CALLS)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_every_tile(target: str, kernel: str) -> None:
