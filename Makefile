@@ -7,11 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-<<<<<<< ours
-.PHONY: help demo distributed test test-all check bench clean
-=======
-.PHONY: help demo test test-all check tiles bench clean
->>>>>>> theirs
+.PHONY: help demo distributed test test-all check tiles bench clean
 
 help:  ## Say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
