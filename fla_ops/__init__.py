@@ -33,6 +33,7 @@ from fla_ops.simple_gla.api import (
     simple_gla,
     simple_gla_step_,
 )
+from fla_ops.ssd.api import ssd, ssd_step_
 
 from .dispatch import explain
 
@@ -77,6 +78,8 @@ __all__ = [
     "parallel_simple_gla",
     "simple_gla",
     "simple_gla_step_",
+    "ssd",
+    "ssd_step_",
 ]
 
 
