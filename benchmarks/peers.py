@@ -50,6 +50,8 @@ def peers_of(problem: Problem, pass_: str, device: torch.device) -> Iterator[Pee
     if problem.family.startswith("causal_conv"):
         yield from [Peer("conv1d and silu", "torch", _conv1d)] * (pass_ != DECODE)
         return
+    if problem.family.startswith("ssd"):  # simple_gla has the peers
+        return
     if device.type == "cuda":
         yield from _on_a_gpu(problem, pass_) if problem.operator != "normalize_output" else ()
     else:

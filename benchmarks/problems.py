@@ -33,6 +33,7 @@ CUDA = {
     "simple_gla_step_": [{"N": 256, "H": 32, **LONG}, {"N": 1, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 256, "H": 32, **LONG}],
     "gated_delta_rule_step_": [{"N": 256, "H": 32, **LONG}],
+    "ssd_step_": [{"N": 256, "H": 32, **LONG}],
     "gsa_step_": [{"N": 256, "H": 16, **LONG, "M": 64}],
     "causal_conv_step_": [{"N": 256, "D": 4096, "W": 4}],
     "attn_decoding_one_step": [{"N": 32, "T": 4096, "H": 8, "HQ": 32, **LONG}],
@@ -47,6 +48,7 @@ CPU = {
     "simple_gla_step_": [{"N": 8, "H": 32, **LONG}],
     "linear_attn_step_": [{"N": 8, "H": 32, **LONG}],
     "gated_delta_rule_step_": [{"N": 8, "H": 32, **LONG}],
+    "ssd_step_": [{"N": 8, "H": 32, **LONG}],
     "gsa_step_": [{"N": 8, "H": 16, **LONG, "M": 64}],
     "causal_conv_step_": [{"N": 8, "D": 1024, "W": 4}],
     "attn_decoding_one_step": [{"N": 8, "T": 4096, "H": 2, "HQ": 8, "K": 64, "V": 64}],
@@ -85,12 +87,16 @@ class Draw:
         """Draw activations."""
         return self._random(torch.randn, shape).to(dtype or self.dtype)
 
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw numbers from 0 to 1 in float32."""
+        return self._random(torch.rand, shape)
+
     def decay(self, *shape: int, axis: int = 2, strong: bool = False) -> Tensor:
         """Draw log decays in float32; `axis` is that of the heads, the last or the one before."""
         if strong:
             return torch.nn.functional.logsigmoid(self._random(torch.randn, shape))
-        rate = 1 + 15 * self._random(torch.rand, (shape[axis],))
-        step = 10 ** (-3 + 2 * self._random(torch.rand, shape))
+        rate = 1 + 15 * self.uniform(shape[axis])
+        step = 10 ** (-3 + 2 * self.uniform(*shape))
         return -step * (rate if axis == len(shape) - 1 else rate[:, None])
 
     def _random(self, kind: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -265,6 +271,19 @@ def _convolution_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     return {**filters, "x": draw.normal(n, channels), "state": draw.normal(n, channels, taps - 1)}
 
 
+def _mamba(draw: Draw, s: Sizes, _strong: bool) -> Inputs:
+    b, t, h = s["B"], s["T"], s["H"]
+    rate, step = 1 + 15 * draw.uniform(h), 10 ** (-3 + 2 * draw.uniform(b, t, h))
+    keys = {name: draw.normal(b, t, h, s["K"]) for name in ("B", "C")}
+    return {"x": draw.normal(b, t, h, s["V"]), "dt": step, "A": -rate, **keys}
+
+
+def _mamba_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
+    inputs = _mamba(draw, {**s, "B": s["N"], "T": 1}, strong)
+    once = {name: x if name == "A" else x[:, 0] for name, x in inputs.items()}
+    return {**once, "state": draw.normal(s["N"], s["H"], s["V"], s["K"], dtype=torch.float32)}
+
+
 TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "simple_gla_step_": Family(_step, (), roofline.state_step),
     "gated_delta_rule_step_": Family(_delta_step, (), roofline.state_step),
@@ -273,6 +292,8 @@ TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "causal_conv_step_": Family(_convolution_step, (), roofline.convolution_step),
     "attn_decoding_one_step": Family(_cache_step, (), roofline.cache_step),
     "normalize_output": Family(_normalise, ("q", "k", "o"), roofline.normalisation),
+    "ssd_step_": Family(_mamba_step, (), roofline.state_step),
+    "ssd": Family(_mamba, ("x", "dt", "A", "B", "C"), roofline.scalar_decay),
     "causal_conv": Family(_convolution, ("x", "weight", "bias"), roofline.convolution),
     "simple_gla": Family(_gated, ("q", "k", "v", "g"), roofline.scalar_decay),
     "linear_attn": Family(_positive, ("q", "k", "v"), roofline.no_decay),

@@ -46,6 +46,7 @@ from fla_ops.simple_gla.api import (
     simple_gla_states,
     simple_gla_step_,
 )
+from fla_ops.ssd.api import ssd, ssd_step_
 
 from .dispatch import explain
 
@@ -108,6 +109,8 @@ __all__ = [
     "simple_gla_prefill_",
     "simple_gla_states",
     "simple_gla_step_",
+    "ssd",
+    "ssd_step_",
 ]
 
 refuse_calls(globals(), [name for name in __all__ if name != "__version__"])

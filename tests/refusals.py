@@ -21,7 +21,7 @@ from torch import Tensor
 from fla_ops.validation import COUNTED, letters_of, pattern_of
 from tests.cases import COMBINATION, EXPORT, Case, Inputs, cases
 
-ACTIVATIONS = ("q", "k", "v", "o", "x")  # these share one dtype
+ACTIVATIONS = ("q", "k", "v", "o", "x", "B", "C")  # these share one dtype
 HEADS = ("H", "HK", "HQ")  # of which one is a multiple of another
 FLOATS = "float64, float32, bfloat16, float16"
 FLOATING = "must be float64, float32, bfloat16 or float16, got int32"

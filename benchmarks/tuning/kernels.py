@@ -38,7 +38,7 @@ BLOCKS = ("BT", "BR", "BK", "BV", "BD", "BLOCK")
 LIMITS = {"BT": (16, 128), "BR": (16, 128), "BK": (16, 256), "BV": (8, 256), "BD": (16, 256), "BLOCK": (256, 4096)}
 WARPS, STAGES = (1, 8), (1, 5)
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative difference that another order of sums may make
-COMPOSED = ("linear_attn", "lightning_attn")  # families that launch other families' kernels
+COMPOSED = ("linear_attn", "lightning_attn", "ssd", "ssd_step_")  # families that launch other families' kernels
 # Prefixes of the operators that are used most.
 FIRST = ("fused_chunk", "chunk", "simple_gla_step_", "gsa", "parallel_attn", "fused_recurrent")
 

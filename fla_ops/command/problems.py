@@ -17,6 +17,7 @@ from fla_ops.gsa import reference as gsa
 from fla_ops.lightning_attn import reference as lightning_attn
 from fla_ops.linear_attn import reference as linear_attn
 from fla_ops.simple_gla import reference as simple_gla
+from fla_ops.ssd import reference as ssd
 
 B, T, HK, H, K, M, V = 2, 70, 2, 4, 16, 8, 24  # two chunks of 64 steps; heads are grouped
 D, W = 24, 4  # of a convolution
@@ -56,6 +57,7 @@ def problems() -> list[Problem]:
         *_gsa(normal, uniform),
         *_attn(normal, uniform),
         *_causal_conv(normal),
+        *_ssd(normal, uniform),
     ]
 
 
@@ -211,4 +213,21 @@ def _causal_conv(normal: Draw) -> list[Problem]:
     return [
         Problem("causal_conv", given, causal_conv.convolve, {"output_final_state": True}),
         Problem("causal_conv_step_", first, causal_conv.step, updated=("state",), trained=False),
+    ]
+
+
+def _ssd(normal: Draw, uniform: Draw) -> list[Problem]:
+    def step(state: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
+        once = {name: value[:, None] if name in moving else value for name, value in x.items()}
+        o, state = ssd.recurrent(**once, initial_state=state)
+        return o[:, 0], state
+
+    moving = ("x", "dt", "B", "C", "z")
+    given = {"x": normal(B, T, H, V), "dt": uniform(B, T, H), "A": -uniform(H), "B": normal(B, T, HK, K)}
+    given |= {"C": normal(B, T, HK, K), "D": normal(H), "z": normal(B, T, H, V), "dt_bias": uniform(H)}
+    first = {name: x[:, 0] if name in moving else x for name, x in given.items()} | {"state": normal(B, H, V, K)}
+    given["initial_state"] = normal(B, H, V, K)
+    return [
+        Problem("ssd", given, ssd.recurrent, {"output_final_state": True}),
+        Problem("ssd_step_", first, step, updated=("state",), trained=False),
     ]

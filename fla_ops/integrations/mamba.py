@@ -4,9 +4,15 @@
     from fla_ops.integrations.mamba import causal_conv1d_fn, causal_conv1d_update
 
 They run on any device, trace under torch.compile(fullgraph=True) and torch.export, and have every gradient. The scan
+<<<<<<< HEAD
 and the step are simple_gla with B as keys, C as queries, dt * x as values and A * dt as decay; activations keep their
 dtype, decays and states are float32 (float64 for float64 inputs). The convolutions are causal_conv and its step; those
 with seq_idx or a ring for a state are ATen calls.
+=======
+and the step are ssd and ssd_step_, whose arguments have the same names; activations keep their dtype, decays and states
+are float32 (float64 for float64 inputs). The convolutions are causal_conv and its step; those with seq_idx, or a ring
+for a state, are ATen calls.
+>>>>>>> 0d4b569 (Mamba-2 in one call, unfinished: half-precision gradients of dt and A)
 """
 
 from __future__ import annotations
@@ -71,25 +77,23 @@ def mamba_chunk_scan_combined(
         _shape("D", D, "[H] or [H, P]", (heads,))
     if return_varlen_states and cu_seqlens is None:
         raise ValueError("return_varlen_states needs cu_seqlens, the offsets [sequences + 1], got None")
-    dtype = _wide(x)
-    dt = _step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
-    g = A.to(dtype) * dt
-    if seq_idx is not None and cu_seqlens is None:
-        # A decay of -inf is an exact reset. What comes before step 0 is sequence 0, as initial_states is.
-        starts = seq_idx != F.pad(seq_idx, (1, 0))[:, :-1]
-        g = g.masked_fill(starts[..., None], -math.inf)
-    o, states = fla_ops.simple_gla(
-        C,
+    o, states = fla_ops.ssd(
+        x,
+        dt,
+        A,
         B,
-        (x.to(dtype) * dt[..., None]).to(x.dtype),
-        g,
-        scale=1.0,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        dt_limit,
         initial_state=initial_states,
         output_final_state=return_final_states or return_varlen_states,
-        state_v_first=True,
+        seq_idx=seq_idx if cu_seqlens is None else None,
         cu_seqlens=cu_seqlens,
     )
-    o = _skip_and_gate(o, x, D if D is None or D.dim() == 2 else D[:, None], z)
+    o = o.to(x.dtype)
     final = () if not return_final_states else (states if cu_seqlens is None or states is None else states[-1:],)
     varlen = (states,) * return_varlen_states
     return (o, *final, *varlen) if final or varlen else o
@@ -118,7 +122,7 @@ def selective_state_update(
         x: [B, H, P]. dt: [B, H, P]. A: [H, P, N]. B, C: [B, G, N]. D: [H, P]. z: as x. dt_bias: [H, P].
         dt_softplus: whether dt + dt_bias goes through softplus.
         state_batch_indices: [B] integers, the pool row of each sequence; -1 reads and writes nothing, and its
-            output is of x alone. No gradient then.
+            output is zero. No gradient then.
 
     Returns:
         o [B, H, P] in x's dtype.
@@ -132,21 +136,21 @@ def selective_state_update(
     _shape("D", D, "[H, P]", (heads, width))
     _shape("dt_bias", dt_bias, "[H, P]", (heads, width))
     _shape("z", z, "[B, H, P]", (batch, heads, width))
-    dtype = _wide(x)
+    step, rate = _of_head("dt", dt, 1), _of_head("A", A, 2)
     bias = None if dt_bias is None else _of_head("dt_bias", dt_bias, 1)
-    dt = _step_size(_of_head("dt", dt, 1).to(dtype), bias, dt_softplus, NO_LIMIT)
-    g = _of_head("A", A, 2).to(dtype) * dt
-    v = (x.to(dtype) * dt[..., None]).to(x.dtype)
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (state, v, g, B, C))
-    if state_batch_indices is None and (recorded or dtype == torch.float64):
-        q, k, v, g = (t[:, None] for t in (C, B, v, g))
+    tensors = (state, x, step, rate, B, C, D, z, bias)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if state_batch_indices is None and (recorded or x.dtype == torch.float64):
+        x, step, B, C = (t[:, None] for t in (x, step, B, C))
+        z = None if z is None else z[:, None]
         # The state is about to change, and the gradient needs what it was.
-        o, final = fla_ops.fused_recurrent_simple_gla(q, k, v, g, None, 1.0, state.clone(), True, state_v_first=True)
-        state.copy_(final)  # type: ignore[arg-type]    # it was asked for
+        inputs = (x, step, rate, B, C, D, z, bias, dt_softplus, NO_LIMIT, state.clone())
+        o, final = fla_ops.ssd(*inputs, output_final_state=True, mode="fused_recurrent")
+        state.copy_(final)
         o = o[:, 0]
     else:
-        o = fla_ops.simple_gla_step_(C, B, v, state, g, scale=1.0, slots=state_batch_indices, state_v_first=True)
-    return _skip_and_gate(o, x, D, z)
+        o = fla_ops.ssd_step_(x, step, rate, B, C, state, D, z, bias, dt_softplus, state_batch_indices)
+    return o.to(x.dtype)
 
 
 def causal_conv1d_fn(
@@ -249,10 +253,6 @@ def causal_conv1d_update(
     return o * present[:, None, None]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _sizes(name: str, x: Tensor, letters: str) -> torch.Size:
     if x.dim() != letters.partition(" or ")[0].count(",") + 1:
         raise ValueError(f"{name} must be {letters}, got {tuple(x.shape)}")
@@ -264,13 +264,6 @@ def _shape(name: str, x: Tensor | None, letters: str, sizes: tuple[int, ...]) ->
         raise ValueError(f"{name} must be {letters} = {sizes}, got {tuple(x.shape)}")
 
 
-def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
-    """Softplus and clamp of dt + bias; a softplus is above zero already."""
-    dt = dt if bias is None else dt + bias.to(dt.dtype)
-    dt = F.softplus(dt) if softplus else dt
-    return dt if softplus and limit[0] <= 0 and limit[1] == math.inf else dt.clamp(limit[0], limit[1])
-
-
 def _of_head(name: str, x: Tensor, axes: int) -> Tensor:
     """The one number that the last axes repeat."""
     sizes, strides = x.shape[-axes:], x.stride()[-axes:]
@@ -280,15 +273,6 @@ def _of_head(name: str, x: Tensor, axes: int) -> Tensor:
             f"it; got strides {tuple(x.stride())} for {tuple(x.shape)}"
         )
     return x[..., 0] if axes == 1 else x[..., 0, 0]
-
-
-def _skip_and_gate(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    dtype = _wide(x)
-    if D is not None:
-        o = torch.addcmul(o.to(dtype), x.to(dtype), D.to(dtype))
-    if z is not None:
-        o = o.to(dtype) * F.silu(z.to(dtype))
-    return o.to(x.dtype)
 
 
 def _activate(o: Tensor, activation: str | None) -> Tensor:
