@@ -196,6 +196,7 @@ def test_the_tree_of_traced_code_is_the_walk(resets: bool, offsets: list[int] | 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.slow
 def test_compiled_bodies_give_the_operators_numbers() -> None:
     arguments = inputs(150)
     expected = with_gradients(fla_ops.chunk_gated_delta_rule, arguments, output_final_state=True)
