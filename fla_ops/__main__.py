@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explaining.add_arguments(explain)
     check = commands.add_parser("check", parents=[common], help="this machine, and every operator's error on it")
     check.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, unless given")
-    commands.add_parser("warm", parents=[common], help="compile the C++ kernels into the cache")
+    warm = commands.add_parser("warm", parents=[common], help="compile kernels into the caches, C++ and Triton's")
+    warming.add_arguments(warm)
 
     options = parser.parse_args(arguments)
     if options.command == "list":
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check.error("there is no GPU here")
         report = checking.report(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     else:
-        report = warming.report()
+        try:
+            report = warming.report(options)
+        except ValueError as error:
+            warm.error(str(error))
     print(json.dumps(report.data, indent=2) if options.json else report.text)
     return report.status
 

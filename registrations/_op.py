@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from fla_ops import launch
 from fla_ops.signature import Gradient, Signature
 
 from . import _autocast, _flops, _gradient, _inline, _taken, _vmap
@@ -53,6 +54,11 @@ def resolve(path: str) -> Function:
     module, function = path.split(":")
     found: Function = getattr(importlib.import_module(module), function)
     return found
+
+
+def _on_the_host(cpu: str, cuda: str) -> Function:
+    """The implementation for host tensors: the GPU's where its kernels are interpreted, or only recorded."""
+    return resolve(cuda if INTERPRETED or launch.is_elsewhere() else cpu)
 
 
 def register(
@@ -154,7 +160,7 @@ def _wire(
 ) -> None:
     """Register what runs below autograd; `adapt` turns a function of the declaration's parts into one of arguments."""
     qualified, name = op._schema.name, op._opname
-    LIBRARY.impl(name, adapt(partial(resolve, cuda if INTERPRETED else cpu)), "CPU")
+    LIBRARY.impl(name, adapt(partial(_on_the_host, cpu, cuda)), "CPU")
     LIBRARY.impl(name, _on_its_device(adapt(partial(resolve, cuda))), "CUDA")
     torch.library.register_fake(qualified, adapt(lambda: fake), lib=LIBRARY)
     # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.

@@ -98,11 +98,10 @@ def launches(target: str) -> Iterator[list[Launch]]:
     """Record the launches made inside, with the settings for `target`, instead of making them."""
     recorded: list[Launch] = []
 
-    def record(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-        if programs > 0:
-            recorded.append(Launch(kernel, args, constants))
+    def record(kernel: Any, _: int, *args: Any, **constants: Any) -> None:
+        recorded.append(Launch(kernel, args, constants))
 
-    with mock.patch.object(launch, "run", record), mock.patch.object(launch, "device_class", return_value=target):
+    with launch.elsewhere(target, record):
         yield recorded
 
 
@@ -199,10 +198,10 @@ def _amd(code: str) -> tuple[int, int]:
 
 
 @contextmanager
-def private_cache() -> Iterator[None]:
-    """Compile afresh: a cached result would hide what the installed compiler does."""
+def private_cache() -> Iterator[Path]:
+    """Compile afresh: a cached result would hide what the installed compiler does. The folder that is compiled into."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": folder}):
-        yield
+        yield Path(folder)
 
 
 class _NoDevice:

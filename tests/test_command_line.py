@@ -15,6 +15,7 @@ import torch
 import fla_ops
 from fla_ops.__main__ import main
 from fla_ops.command.problems import problems
+from tests import aot
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,6 +185,36 @@ def test_warm_fills_the_cache(tmp_path: Path) -> None:
     assert (first.returncode, all(data["compiled"].values())) == (0, True)
     assert len(list(tmp_path.glob("*.so"))) == len(data["compiled"])
     assert run("warm", FLA_OPS_CACHE_DIR=str(tmp_path), CXX="none").returncode == 0
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+def test_warm_compiles_triton_kernels_for_cards_that_are_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    from fla_ops.simple_gla.gpu.decoding import decoding_kernel
+
+    command = [
+        "warm",
+        "--target",
+        "sm_90",
+        "gfx942",
+        "--widths",
+        "32x16",
+        "--operators",
+        "^simple_gla_step_$",
+        "--json",
+    ]
+    with aot.private_cache() as folder:
+        found = json.loads(output(capsys, *command))["kernels"]
+        assert [(x["target"], x["key_width"], x["value_width"]) for x in found] == [
+            ("sm_90", 32, 16),
+            ("gfx942", 32, 16),
+        ]
+        assert all(list(x["kernels"]) == ["decoding_kernel"] for x in found)
+        kept = sorted(folder.rglob("*"))
+        assert {".cubin", ".hsaco"} <= {path.suffix for path in kept}
+        decoding_kernel.device_caches.clear()  # as in another process, which finds them
+        output(capsys, *command)
+        assert sorted(folder.rglob("*")) == kept
+    assert "wanted a width such as 128, or 128x64, got '64x'" in refusal(capsys, "warm", "--widths", "64x")
 
 
 def test_warm_fails_where_nothing_can_be_kept(tmp_path: Path) -> None:

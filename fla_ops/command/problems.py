@@ -19,9 +19,26 @@ from fla_ops.linear_attn import reference as linear_attn
 from fla_ops.simple_gla import reference as simple_gla
 from fla_ops.ssd import reference as ssd
 
-B, T, HK, H, K, M, V = 2, 70, 2, 4, 16, 8, 24  # two chunks of 64 steps; heads are grouped
-D, W = 24, 4  # of a convolution
 OFFSETS = (0, 30, 70)  # of the caches that a step of attn reads
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of all calls: two chunks of 64 steps, and grouped heads, unless told. D and W are a convolution's."""
+
+    B: int = 2
+    T: int = 70
+    HK: int = 2
+    H: int = 4
+    K: int = 16
+    M: int = 8
+    V: int = 24
+    D: int = 24
+    W: int = 4
+
+    def of(self, letters: str) -> tuple[int, ...]:
+        """The sizes of some axes, in this order."""
+        return tuple(getattr(self, letter) for letter in letters.split())
 
 
 @dataclass(frozen=True)
@@ -44,27 +61,30 @@ class Problem:
     trained: bool = True
 
 
-def problems() -> list[Problem]:
+def problems(sizes: Sizes | None = None) -> list[Problem]:
     """The calls of every public operator, with the same numbers each time."""
+    s = sizes or Sizes()
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, dtype=torch.float64, generator=generator)
     uniform = partial(torch.rand, dtype=torch.float64, generator=generator)
     return [
-        *_simple_gla(normal, uniform),
-        *_linear_attn(normal, uniform),
-        *_lightning_attn(normal),
-        *_gated_delta_rule(normal, uniform),
-        *_gsa(normal, uniform),
-        *_attn(normal, uniform),
-        *_causal_conv(normal),
-        *_ssd(normal, uniform),
+        *_simple_gla(s, normal, uniform),
+        *_linear_attn(s, normal, uniform),
+        *_lightning_attn(s, normal),
+        *_gated_delta_rule(s, normal, uniform),
+        *_gsa(s, normal, uniform),
+        *_attn(s, normal, uniform),
+        *_causal_conv(s, normal),
+        *_ssd(s, normal, uniform),
     ]
 
 
 Draw = Callable[..., Tensor]
 
 
-def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
+def _simple_gla(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
+    B, T, HK, H, K, V = s.of("B T HK H K V")
+
     def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, g = (x[:, None] for x in (q, k, v, g))
         o, state = simple_gla.recurrent(q, k, v, g, initial_state=state)
@@ -101,8 +121,9 @@ def _simple_gla(normal: Draw, uniform: Draw) -> list[Problem]:
     ]
 
 
-def _linear_attn(normal: Draw, uniform: Draw) -> list[Problem]:
+def _linear_attn(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
     """Queries and keys are positive, as a feature map makes them."""
+    B, T, HK, H, K, V = s.of("B T HK H K V")
 
     def recurrent(initial_state: tuple[Tensor, Tensor], **x: Any) -> Any:
         return linear_attn.recurrent(**x, initial_state=initial_state[0], initial_z=initial_state[1])
@@ -125,7 +146,8 @@ def _linear_attn(normal: Draw, uniform: Draw) -> list[Problem]:
     ]
 
 
-def _lightning_attn(normal: Draw) -> list[Problem]:
+def _lightning_attn(s: Sizes, normal: Draw) -> list[Problem]:
+    B, T, HK, H, K, V = s.of("B T HK H K V")
     layer = {"layer_idx": 1, "num_layers": 4}
     forms = ("lightning_attn", "chunk_lightning_attn", "fused_chunk_lightning_attn", "fused_recurrent_lightning_attn")
     given = {"q": normal(B, T, HK, K), "k": normal(B, T, HK, K), "v": normal(B, T, H, V), **layer}
@@ -136,7 +158,9 @@ def _lightning_attn(normal: Draw) -> list[Problem]:
     ]
 
 
-def _gated_delta_rule(normal: Draw, uniform: Draw) -> list[Problem]:
+def _gated_delta_rule(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
+    B, T, HK, H, K, V = s.of("B T HK H K V")
+
     def step(state: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
         x = {name: value[:, None] if isinstance(value, Tensor) else value for name, value in x.items()}
         o, state = gated_delta_rule.recurrent(**x, initial_state=state)
@@ -154,7 +178,9 @@ def _gated_delta_rule(normal: Draw, uniform: Draw) -> list[Problem]:
     ]
 
 
-def _gsa(normal: Draw, uniform: Draw) -> list[Problem]:
+def _gsa(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
+    B, T, HK, H, K, M, V = s.of("B T HK H K M V")
+
     def recurrent(initial_state: tuple[Tensor, Tensor], **x: Any) -> Any:
         return gsa.recurrent(**x, initial_k=initial_state[0], initial_v=initial_state[1])
 
@@ -195,7 +221,8 @@ def _gsa(normal: Draw, uniform: Draw) -> list[Problem]:
     ]
 
 
-def _attn(normal: Draw, uniform: Draw) -> list[Problem]:
+def _attn(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
+    B, T, HK, H, K, V = s.of("B T HK H K V")
     beside = {"sink_bias": normal(H), "window_size": 23}
     given = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V), "g": -uniform(B, T, H)}
     caches: dict[str, Any] = {name: x[:1] for name, x in given.items()} | {"q": normal(1, len(OFFSETS) - 1, H, K)}
@@ -206,7 +233,8 @@ def _attn(normal: Draw, uniform: Draw) -> list[Problem]:
     ]
 
 
-def _causal_conv(normal: Draw) -> list[Problem]:
+def _causal_conv(s: Sizes, normal: Draw) -> list[Problem]:
+    B, T, D, W = s.of("B T D W")
     filters = {"weight": normal(D, W), "bias": normal(D), "activation": "silu"}
     given = {"x": normal(B, T, D), **filters, "initial_state": normal(B, D, W - 1)}
     first = {"x": normal(B, D), "state": normal(B, D, W), **filters}
@@ -216,7 +244,9 @@ def _causal_conv(normal: Draw) -> list[Problem]:
     ]
 
 
-def _ssd(normal: Draw, uniform: Draw) -> list[Problem]:
+def _ssd(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
+    B, T, HK, H, K, V = s.of("B T HK H K V")
+
     def step(state: Tensor, **x: Any) -> tuple[Tensor, Tensor]:
         once = {name: value[:, None] if name in moving else value for name, value in x.items()}
         o, state = ssd.recurrent(**once, initial_state=state)

@@ -9,6 +9,8 @@ and num_stages; `precision` says how float32 operands are multiplied. No entry s
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,35 @@ def table(device_class: str) -> dict[str, list[Entry]]:
     return found
 
 
-@cache
+Launch = Callable[..., None]  # of a kernel, the number of programs, arguments and constants
+_elsewhere: tuple[str, Launch] | None = None  # the device class that launchers are to serve, and what launching is
+
+
+@contextmanager
+def elsewhere(device_class: str, launch: Launch) -> Iterator[None]:
+    """Inside, launchers of host tensors take the settings for this device class, operators on the host are launchers,
+    and `launch` is called instead of launching anything.
+    """
+    global _elsewhere  # noqa: PLW0603
+    before, _elsewhere = _elsewhere, (device_class, launch)
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
+def is_elsewhere() -> bool:
+    """Whether launchers stand in for the host's own code."""
+    return _elsewhere is not None
+
+
 def device_class(index: int | None) -> str:
     """The table for the device of this index; None is the host, where kernels run interpreted."""
+    return _class_of(index) if _elsewhere is None else _elsewhere[0]
+
+
+@cache
+def _class_of(index: int | None) -> str:
     if index is None:
         return "sm_90"
     if torch.version.hip:
@@ -85,7 +113,10 @@ def options(entry: Entry) -> dict[str, int]:
 
 def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Launch `programs` programs along axis 0, which is not limited to 65535; in traced code, record the launch."""
-    if any(isinstance(x, FunctionalTensor) for x in args):
+    if _elsewhere is not None:
+        if programs > 0:
+            _elsewhere[1](kernel, programs, *args, **constants)
+    elif any(isinstance(x, FunctionalTensor) for x in args):
         torch.library.wrap_triton(kernel)[(programs,)](*args, **constants)
     elif programs > 0:
         kernel[(programs,)](*args, **constants)
