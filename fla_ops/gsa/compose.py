@@ -45,7 +45,7 @@ def advance(c: Advance) -> None:
     slots = _known(c.slots, len(c.state_k))
     held = [_read(pool, slots) for pool in c.pools]
     states = [x.to(dtype, copy=True) for x in held]
-    row, unread = torch.arange(len(c.accepted), device=c.k.device), torch.zeros_like(c.k[:, 0])
+    row, unread = torch.arange(len(c.accepted), device=c.k.device), c.k.new_zeros(len(c.k), *c.k.shape[2:])
     for t in range(time):
         given = (x[:, t] for x in (c.k, c.v, c.s, c.g))
         torch.ops.fla.gsa_step_(unread, *given, *states, 1.0, torch.where(t < c.accepted, row, -1))

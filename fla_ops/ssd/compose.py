@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from fla_ops.common.replicated import replicated
 from fla_ops.simple_gla import call as simple_gla
 from fla_ops.validation import state_dtype
 
@@ -19,6 +20,7 @@ from .call import Call, Outputs, Step
 def forward(c: Call) -> Outputs:
     """The body of torch.ops.fla.ssd."""
     checks.inputs(c)
+    c = replicated(c, *("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "seq_idx"))
     device = c.x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -29,6 +31,7 @@ def forward(c: Call) -> Outputs:
 def step(c: Step) -> Tensor:
     """The body of torch.ops.fla.ssd_step_."""
     checks.step(c)
+    c = replicated(c, *("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "slots"))
     device = c.x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

@@ -35,8 +35,10 @@ def forward(c: Call) -> Outputs:
     if library is None:
         return aten_recurrent.forward(c)
     o = c.v.new_empty((*c.q.shape[:3], c.v.shape[3]))
-    states = states_of(c, c.initial_k, c.initial_v)
-    _run(library, with_gates(c), o, *states, offsets=build.offsets(c))
+    gated, states, offsets = with_gates(c), states_of(c, c.initial_k, c.initial_v), build.offsets(c)
+    s, g = known(gated.s), known(gated.g)
+    steps = [*map(build.steps, (c.q, c.k, c.v, s, g, o)), *map(_rows_as_steps, states)]
+    _run(library, c, (c.q.shape[1], c.sequences, c.reverse), steps, offsets=offsets)
     return Outputs(o, *(states if c.output_final_state else (None, None)))
 
 
@@ -48,31 +50,46 @@ def step(c: Step) -> Tensor:
         return aten_recurrent.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state_k)))
     o = c.v.new_empty((*c.q.shape[:2], c.v.shape[2]))
-    q, k, v, s, g = (x.unsqueeze(1) for x in c[:5])
-    _run(library, Call(q, k, v, s, g, c.scale), o.unsqueeze(1), *c.pools, slots=rows)
+    s, g = known(c.s), known(c.g)
+    steps = [*map(_one_step, (c.q, c.k, c.v, s, g, o)), *map(_rows_as_steps, c.pools)]
+    _run(library, c, (1, len(c.q), False), steps, slots=rows)
     return o
+
+
+def _one_step(x: Tensor) -> build.Steps:
+    """[N, heads, width] as [N, 1, heads, width], without the call that makes a view."""
+    sequence, head, column = x.stride()
+    return build.Steps(x.data_ptr(), build.DTYPES[x.dtype], sequence, 0, head, column)
+
+
+def _rows_as_steps(state: Tensor) -> build.Steps:
+    """[P, H, rows, width] as [P, rows, H, width], likewise."""
+    sequence, head, row, column = state.stride()
+    return build.Steps(state.data_ptr(), build.DTYPES[state.dtype], sequence, row, head, column)
 
 
 def _run(
     library: Any,
-    c: Call,
-    o: Tensor,
-    state_k: Tensor,
-    state_v: Tensor,
+    c: Call | Step,
+    lead: tuple[int, int, bool],
+    steps: list[build.Steps],
     offsets: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> None:
-    """One call of recurrent.cpp. C++ gets raw addresses, so each temporary needs a name that keeps it alive."""
-    s, g = known(c.s), known(c.g)
-    (batch, time, query_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
-    sequences, slots_of_memory = batch if offsets is None else len(offsets) - 1, c.s.shape[3]
-    products = batch * time * heads * slots_of_memory * (key_width + value_width)
+    """One call of recurrent.cpp; `lead` is the time, the number of sequences, and whether time runs backwards.
+
+    C++ gets raw addresses, so the caller has names that keep the tensors alive.
+    """
+    time, sequences, reverse = lead
+    (query_heads, key_width), (heads, value_width) = c.q.shape[-2:], c.v.shape[-2:]
+    memory = c.s.shape[-1]
+    rows = c.q.numel() // (query_heads * key_width)  # of the batch or the pack, and in time
     arguments = Arguments(
         *(time, sequences, heads, heads, key_width, value_width),
-        *(c.reverse, build.threads(products)),
+        *(reverse, build.threads(rows * heads * memory * (key_width + value_width))),
         c.factor,
         *(build.address(x) for x in (offsets, slots)),
-        *(slots_of_memory, query_heads // heads),
-        *(build.steps(x) for x in (c.q, c.k, c.v, s, g, o, state_k.transpose(1, 2), state_v.transpose(1, 2))),
+        *(memory, query_heads // heads),
+        *steps,
     )
     library.recurrent_forward(ctypes.byref(arguments))
