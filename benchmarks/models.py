@@ -18,6 +18,7 @@ from torch import nn
 import fla_ops.integrations.transformers as integration
 
 from .comparison import Row, Settings
+from .peers import modeling
 from .problems import FORWARD, TRAINING
 from .timing import Implementation, measure
 
@@ -40,6 +41,21 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 64, "mamba_chunk_size": 256}
 NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 1, "ssm_state_size": 64, "chunk_size": 256}
 ZAMBA = {"n_mamba_heads": 8, "mamba_headdim": 64, "mamba_ngroups": 1, "mamba_d_state": 64, "chunk_size": 256}
+DELTA = {
+    **ATTENTION,
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+DELTA_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "Mamba2",
@@ -59,6 +75,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Zamba2",
         {**ATTENTION, **ZAMBA, "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1},
     ),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **DELTA_EXPERTS}),
+    "qwen3_5": ("Qwen3_5Text", DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeText", {**DELTA, **DELTA_EXPERTS}),
+    "olmo_hybrid": ("OlmoHybrid", DELTA),
     "minimax": (
         "MiniMax",
         {**ATTENTION, **EXPERTS, "head_dim": 64, "layer_types": ["full_attention", "linear_attention"]},
@@ -87,9 +107,10 @@ def build(name: str, device: torch.device) -> nn.Module:
     """One model with random weights."""
     transformers = importlib.import_module("transformers")
     prefix, settings = MODELS[name]
+    modeling(name)
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **settings})
-    model: nn.Module = getattr(transformers, f"{prefix}ForCausalLM")(config).to(device)
+    model: nn.Module = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config).to(device)
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -188,6 +189,19 @@ def _copy(inputs: Inputs, _variant: Any) -> Made:
     return run, []
 
 
+def modeling(model: str) -> Any:
+    """A model's module of transformers. On its import it takes kernels of fla that are installed, but need a GPU."""
+    before = {name: module for name, module in sys.modules.items() if name == "fla"}
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]  # as Python marks what cannot be imported
+    try:
+        return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    finally:
+        if not sys.modules.get("fla", True):
+            del sys.modules["fla"]
+        sys.modules.update(before)
+
+
 def _trained(*tensors: Tensor) -> list[Tensor]:
     return [x for x in tensors if x.requires_grad]
 
@@ -242,18 +256,16 @@ class _Ungated:
 
 def _qwen3_next(inputs: Inputs, _variant: Any) -> Made:
     """Call the chunked gated delta rule of the Qwen3-Next model."""
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
-
+    rule = modeling("qwen3_next").torch_chunk_gated_delta_rule
     given = {name: _leaf(inputs[name], inputs[name]) for name in ("q", "k", "v", "g", "beta")}
-    return lambda: torch_chunk_gated_delta_rule(*given.values()), list(given.values())
+    return lambda: rule(*given.values()), list(given.values())
 
 
 def _qwen3_next_step(inputs: Inputs, _variant: Any) -> Made:
     """Call the recurrent gated delta rule of the Qwen3-Next model for one step, which returns the new state."""
-    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
-
+    rule = modeling("qwen3_next").torch_recurrent_gated_delta_rule
     steps = [inputs[name].unsqueeze(1) for name in ("q", "k", "v", "g", "beta")]
-    return lambda: torch_recurrent_gated_delta_rule(*steps, inputs["state"], True), []
+    return lambda: rule(*steps, inputs["state"], True), []
 
 
 def _minimax(inputs: Inputs, _variant: Any) -> Made:
