@@ -91,7 +91,7 @@ register(
     cuda="fla_ops.gsa.gpu.decoding:step",
     fake=fake.step,
     flops=_step_flops,
-    inline={"cpu": "fla_ops.gsa.cpu.traced:step"},
+    inline={"cpu": "fla_ops.gsa.cpu.traced_pools:step"},
     tags=(),
 )
 for signature, name, shapes, flops in (
@@ -99,6 +99,7 @@ for signature, name, shapes, flops in (
     (call.ADVANCE, "advance", fake.advance, _advance_flops),
 ):
     body = f"fla_ops.gsa.compose:{name}"
-    register(signature, cpu=body, cuda=body, fake=shapes, flops=flops, tags=())
+    traced = f"fla_ops.gsa.cpu.traced_pools:{name}"
+    register(signature, cpu=body, cuda=body, fake=shapes, flops=flops, inline={"cpu": traced}, tags=())
 register_composite(call.CHUNK, "fla_ops.gsa.forms:chunk")
 register_composite(call.DISPATCHER, "fla_ops.gsa.forms:dispatch")

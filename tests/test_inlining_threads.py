@@ -157,7 +157,7 @@ def test_the_readme_says_what_is_inlined_where() -> None:
     readme = (ROOT / "README.md").read_text()
     promised: dict[str, tuple[str, ...]] = {}
     for words, devices in (("a CPU and a GPU", ("cpu", "cuda")), ("a CPU", ("cpu",))):
-        (sentence,) = re.findall(rf"^(?:.*\. )?Inlined on {words}: ([^.]*)\.", readme, re.MULTILINE)
+        (sentence,) = re.findall(rf"^(?:.*\. )?Inlined on {words}:\s([^.]*)\.", readme, re.MULTILINE)
         assert "with their gradients" in sentence
         named = re.findall(r"`(\w+)`", sentence)
         promised |= dict.fromkeys(named, devices)

@@ -183,7 +183,7 @@ class Packed:
         count = self.lengths // steps
         ends = count.cumsum(0)
         row = torch.arange(self.time // steps, device=states.device)
-        owner = torch.searchsorted(ends, row, right=True)
+        owner = owners(ends, self.time // steps)
         used = owner < ends.shape[0]
         owner = owner.clamp(max=ends.shape[0] - 1)
         chunk = (row - (ends - count)[owner] + 1) * (steps // self.size)

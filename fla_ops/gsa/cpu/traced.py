@@ -1,5 +1,5 @@
 """gsa as ATen calls for graphs: every sequence at once, without reading a value. `inlining()` and `decompositions()`
-use it for both forms, and for the decode step.
+use it for both forms; traced_pools.py has the decode step and the operators for servers.
 
 Inside a chunk of C steps the weight of step j's memory slot m at step i is formed for every pair, with P the running
 sum of g; A and C are the states before the chunk:
@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fla_ops.common.cpu import slots
 from fla_ops.common.cpu.layouts import Dense, Packed, layout_of, running, weights, whole
 from fla_ops.validation import state_dtype
 
-from ..call import Call, Gradients, Kept, Need, Outputs, Step
+from ..call import Call, Gradients, Kept, Need, Outputs
 
 CHUNK = 16
 NEVER = float("-inf")
@@ -139,20 +138,6 @@ def backward(c: Call, d: Outputs, need: Need) -> Gradients:
         dinitial_k.to(c.initial_k.dtype).contiguous() if need.initial_k else None,
         dinitial_v.mT.to(c.initial_v.dtype).contiguous() if need.initial_v else None,
     )
-
-
-def step(c: Step) -> Tensor:
-    """o [N, HQ, V] of one step, and its rows of both pools updated in place."""
-    dtype = state_dtype(c.v)
-    q = c.q.to(dtype).unflatten(1, (c.v.shape[1], -1)) * c.factor
-    k, v, s, decay = (x.to(dtype) for x in (c.k, c.v, c.s, c.g.to(dtype).exp()))
-    held_k, held_v = (slots.read(pool, c.slots) for pool in (c.state_k, c.state_v))
-    state_k = held_k.to(dtype) * decay.unsqueeze(2) + k.unsqueeze(3) * s.unsqueeze(2)
-    state_v = held_v.to(dtype) * decay.unsqueeze(3) + s.unsqueeze(3) * v.unsqueeze(2)
-    o = ((q @ state_k).softmax(-1) @ state_v).flatten(1, 2).to(c.v.dtype)
-    slots.write_(c.state_k, c.slots, held_k, state_k)
-    slots.write_(c.state_v, c.slots, held_v, state_v)
-    return slots.only_with_slots(o, c.slots)
 
 
 def _chunks(c: Call) -> Chunks:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fla_ops.common.cpu import slots
-from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, running, weights, whole
+from fla_ops.common.cpu.layouts import FORGET, Dense, Packed, layout_of, owners, running, weights, whole
 from fla_ops.common.cpu.sequences import for_rows, is_traced, one_by_one
 from fla_ops.validation import cu_seqlens_values_async, state_dtype, step_counts
 
@@ -130,9 +130,8 @@ def prefill(c: Prefill) -> Tensor:
         return o
     if c.cu_seqlens is None:
         return slots.only_with_slots(o, c.slots)
-    step = torch.arange(o.shape[1], device=o.device)
-    owner = torch.searchsorted(c.cu_seqlens[1:], step.to(c.cu_seqlens.dtype), right=True)
-    return slots.only_with_slots(o[0], c.slots[owner.clamp(max=c.slots.shape[0] - 1)])[None]
+    owner = owners(c.cu_seqlens[1:].long(), o.shape[1]).clamp(max=c.slots.shape[0] - 1)
+    return slots.only_with_slots(o[0], c.slots[owner])[None]
 
 
 class Chunks(NamedTuple):
@@ -169,7 +168,7 @@ def _cut_whole(c: Call) -> Chunks:
     log_decay = _log_decay(c)
     if c.cu_seqlens is not None:
         cu_seqlens_values_async(c.cu_seqlens, c.q.shape[1])
-        begins = torch.isin(torch.arange(c.q.shape[1], device=c.q.device), c.cu_seqlens)
+        begins = (torch.arange(c.q.shape[1], device=c.q.device)[:, None] == c.cu_seqlens).any(1)
         log_decay = torch.where(begins[:, None], FORGET, log_decay)
     return _chunks(c, Dense(*c.q.shape[:2]), log_decay)
 
