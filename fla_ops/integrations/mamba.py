@@ -4,15 +4,9 @@
     from fla_ops.integrations.mamba import causal_conv1d_fn, causal_conv1d_update
 
 They run on any device, trace under torch.compile(fullgraph=True) and torch.export, and have every gradient. The scan
-<<<<<<< HEAD
-and the step are simple_gla with B as keys, C as queries, dt * x as values and A * dt as decay; activations keep their
-dtype, decays and states are float32 (float64 for float64 inputs). The convolutions are causal_conv and its step; those
-with seq_idx or a ring for a state are ATen calls.
-=======
 and the step are ssd and ssd_step_, whose arguments have the same names; activations keep their dtype, decays and states
 are float32 (float64 for float64 inputs). The convolutions are causal_conv and its step; those with seq_idx, or a ring
 for a state, are ATen calls.
->>>>>>> 0d4b569 (Mamba-2 in one call, unfinished: half-precision gradients of dt and A)
 """
 
 from __future__ import annotations
