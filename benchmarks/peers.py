@@ -48,10 +48,8 @@ def peers_of(problem: Problem, pass_: str, device: torch.device) -> Iterator[Pee
     """Yield the peers of one operator on this device."""
     if pass_ == DECODE:
         yield Peer(f"copy of the {'cache' if 'T' in problem.sizes else 'state'}", "torch", _copy, same=False)
-    if problem.family.startswith("causal_conv"):
-        yield from [Peer("conv1d and silu", "torch", _conv1d)] * (pass_ != DECODE)
-        return
-    if problem.family.startswith("ssd"):  # simple_gla has the peers
+    if problem.operator in MAMBA:
+        yield MAMBA[problem.operator]
         return
     if device.type == "cuda":
         yield from _on_a_gpu(problem, pass_) if problem.operator != "normalize_output" else ()
@@ -137,7 +135,7 @@ def _conv1d(inputs: Inputs, _variant: Any) -> Made:
     x, weight, bias = _leaf(inputs["x"].mT, inputs["x"]), inputs["weight"], inputs["bias"]
     channels, taps = weight.shape
     filters = {"bias": bias, "padding": taps - 1, "groups": channels}
-    return lambda: F.silu(F.conv1d(x, weight[:, None], **filters)[..., : x.shape[2]]), _trained(x, weight, bias)
+    return lambda: F.silu(F.conv1d(x, weight[:, None], **filters)[..., : x.shape[2]]).mT, _trained(x, weight, bias)
 
 
 def _one_step(family: str, function: str, module: str = "") -> Callable[[Inputs, Any], Made]:
@@ -208,29 +206,60 @@ def _trained(*tensors: Tensor) -> list[Tensor]:
 
 def _mamba2(inputs: Inputs, chunk_size: int) -> Made:
     """Call the chunked scan of the Mamba-2 model with step -g and rate 1; its values are divided by the step."""
-    import transformers
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-    transformers.logging.set_verbosity_error()  # it would say once that its fast path is not installed
-
+    scan = _mamba2_module().mamba2_chunk_scan
     step = _leaf(-inputs["g"], inputs["g"])
     keys, queries = _leaf(inputs["k"], inputs["k"]), _leaf(inputs["q"] * inputs["q"].shape[-1] ** -0.5, inputs["q"])
     values = _leaf(inputs["v"] / step.detach()[..., None].to(inputs["v"].dtype), inputs["v"])
     rate = -torch.ones(values.shape[2], device=values.device)
 
     def run() -> Any:
-        return mamba2_chunk_scan(values, step, rate, keys, queries, chunk_size=chunk_size)
+        return scan(values, step, rate, keys, queries, chunk_size=chunk_size)
 
     return run, _trained(values, step, keys, queries)
 
 
-def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
-    """Call the decode step of the Mamba-2 model on a state of its own, in its layout."""
+def _mamba2_module() -> Any:
+    """The Mamba-2 model's module, which else would say once that its fast path is not installed."""
     import transformers
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 
     transformers.logging.set_verbosity_error()
+    return modeling("mamba2")
 
+
+def _ssd(inputs: Inputs, chunk_size: int) -> Made:
+    """Call the chunked scan of the Mamba-2 model as it stands: its arguments are ours."""
+    names = ("x", "dt", "A", "B", "C", "D")
+    scan, given = _mamba2_module().mamba2_chunk_scan, [_leaf(inputs[name], inputs[name]) for name in names]
+    *most, skip = given
+    return lambda: scan(*most, chunk_size, skip), _trained(*given)
+
+
+def _ssd_step(inputs: Inputs, _variant: Any) -> Made:
+    """Call the decode step of the Mamba-2 model on a state of its own."""
+    update, state = _mamba2_module().mamba2_selective_state_update, inputs["state"].clone()
+    values, keys, queries = (inputs[name] for name in ("x", "B", "C"))
+    rate, skip = inputs["A"][:, None, None], inputs["D"][:, None]
+    return lambda: update(state, values, inputs["dt"][..., None], rate, keys, queries, skip), []
+
+
+def _convolution_step(inputs: Inputs, _variant: Any) -> Made:
+    """Call the convolution's decode step of the Mamba-2 model on a state of its own."""
+    update, state = _mamba2_module().causal_conv1d_update, inputs["state"].clone()
+    x, filters = inputs["x"][..., None], [inputs[name] for name in ("weight", "bias", "activation")]
+    return lambda: update(x, state, *filters), []
+
+
+MAMBA = {
+    "causal_conv": Peer("conv1d and silu", "torch", _conv1d),
+    "causal_conv_step_": Peer("transformers Mamba-2 step", "transformers", _convolution_step),
+    "ssd": Peer("transformers Mamba-2", "transformers", _ssd, variants=(32, 64, 128, 256)),
+    "ssd_step_": Peer("transformers Mamba-2 step", "transformers", _ssd_step),
+}
+
+
+def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
+    """Call the decode step of the Mamba-2 model on a state of its own, in its layout."""
+    update = _mamba2_module().mamba2_selective_state_update
     value_width, key_width = inputs["v"].shape[-1], inputs["q"].shape[-1]
     step = -inputs["g"][..., None].expand(-1, -1, value_width)[..., 0]
     rate = -torch.ones(inputs["v"].shape[1], 1, 1, device=step.device)
@@ -239,7 +268,7 @@ def _mamba2_step(inputs: Inputs, _variant: Any) -> Made:
     queries = inputs["q"] * key_width**-0.5
 
     def run() -> Any:
-        return mamba2_selective_state_update(state, values, step[..., None], rate, inputs["k"], queries)
+        return update(state, values, step[..., None], rate, inputs["k"], queries)
 
     return run, []
 

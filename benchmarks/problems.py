@@ -275,12 +275,12 @@ def _mamba(draw: Draw, s: Sizes, _strong: bool) -> Inputs:
     b, t, h = s["B"], s["T"], s["H"]
     rate, step = 1 + 15 * draw.uniform(h), 10 ** (-3 + 2 * draw.uniform(b, t, h))
     keys = {name: draw.normal(b, t, h, s["K"]) for name in ("B", "C")}
-    return {"x": draw.normal(b, t, h, s["V"]), "dt": step, "A": -rate, **keys}
+    return {"x": draw.normal(b, t, h, s["V"]), "dt": step, "A": -rate, **keys, "D": draw.uniform(h)}
 
 
 def _mamba_step(draw: Draw, s: Sizes, strong: bool) -> Inputs:
     inputs = _mamba(draw, {**s, "B": s["N"], "T": 1}, strong)
-    once = {name: x if name == "A" else x[:, 0] for name, x in inputs.items()}
+    once = {name: x if name in ("A", "D") else x[:, 0] for name, x in inputs.items()}
     return {**once, "state": draw.normal(s["N"], s["H"], s["V"], s["K"], dtype=torch.float32)}
 
 
@@ -293,7 +293,7 @@ TABLE: Mapping[str, Family] = {  # by an operator's name, else by its family's
     "attn_decoding_one_step": Family(_cache_step, (), roofline.cache_step),
     "normalize_output": Family(_normalise, ("q", "k", "o"), roofline.normalisation),
     "ssd_step_": Family(_mamba_step, (), roofline.state_step),
-    "ssd": Family(_mamba, ("x", "dt", "A", "B", "C"), roofline.scalar_decay),
+    "ssd": Family(_mamba, ("x", "dt", "A", "B", "C", "D"), roofline.scalar_decay),
     "causal_conv": Family(_convolution, ("x", "weight", "bias"), roofline.convolution),
     "simple_gla": Family(_gated, ("q", "k", "v", "g"), roofline.scalar_decay),
     "linear_attn": Family(_positive, ("q", "k", "v"), roofline.no_decay),

@@ -31,3 +31,7 @@ def step(c: Step) -> None:
     valid.floating(dt=c.dt, A=c.A, D=c.D, z=c.z, dt_bias=c.dt_bias)
     valid.pools(c, "state")
     valid.same_device(c)
+
+
+eager = valid.once(inputs)
+eager_step = valid.once(step, pools=("state",))

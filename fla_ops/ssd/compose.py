@@ -19,7 +19,7 @@ from .call import Call, Outputs, Step
 
 def forward(c: Call) -> Outputs:
     """The body of torch.ops.fla.ssd."""
-    checks.inputs(c)
+    checks.eager(c)
     c = replicated(c, *("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "seq_idx"))
     device = c.x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -30,7 +30,7 @@ def forward(c: Call) -> Outputs:
 
 def step(c: Step) -> Tensor:
     """The body of torch.ops.fla.ssd_step_."""
-    checks.step(c)
+    checks.eager_step(c)
     c = replicated(c, *("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "slots"))
     device = c.x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
