@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +13,40 @@ from torch._ops import OpOverload
 
 from fla_ops.signature import Gradient
 
+Kernels = Mapping[Any, Callable[..., Any]]  # what runs for each backend's dispatch key
+Below = Callable[[Any, tuple[Any, ...]], Any]
 
-def kernel(op: OpOverload, gradient: Gradient | None) -> Callable[..., Any]:
+
+def kernel(
+    op: OpOverload, gradient: Gradient | None, kernels: Kernels, mutated: Sequence[int] = ()
+) -> Callable[..., Any]:
     """The function to register under the Autograd key (with the keyset as its first argument)."""
-    return _refusing(op) if gradient is None else _differentiable(op, *_formula(gradient))
+    below = _below_autograd(op, kernels, mutated)
+    return _refusing(op, below) if gradient is None else _differentiable(op, below, *_formula(gradient))
 
 
 def version_kernel(op: OpOverload, mutated: Sequence[int]) -> Callable[..., Any]:
-    """The function to register under ADInplaceOrView, for an operator that updates some arguments in place.
-
-    A gradient that saved one of them before must not read the new values without a word: the version counter says so.
-    """
+    """The function to register under ADInplaceOrView, for an operator that updates some arguments in place."""
 
     def run(keyset: Any, *args: Any) -> Any:
-        for i in mutated:
-            if args[i].is_inference():
-                name = op._schema.arguments[i].name
-                raise RuntimeError(
-                    f"{op._schema.name} updates {name} in place, which is an inference tensor: outside InferenceMode, "
-                    f"give it a clone"
-                )
-            torch.autograd.graph.increment_version(args[i])
+        _count_updates(op, mutated, args)
         return op.redispatch(keyset & _C._after_ADInplaceOrView_keyset, *args)
 
     return run
+
+
+def _count_updates(op: OpOverload, mutated: Sequence[int], args: Sequence[Any]) -> None:
+    """A gradient that saved an updated argument before must not read the new values without a word: the version counter
+    says so.
+    """
+    for i in mutated:
+        if args[i].is_inference():
+            name = op._schema.arguments[i].name
+            raise RuntimeError(
+                f"{op._schema.name} updates {name} in place, which is an inference tensor: outside InferenceMode, "
+                f"give it a clone"
+            )
+        torch.autograd.graph.increment_version(args[i])
 
 
 def _formula(gradient: Gradient) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -74,9 +84,20 @@ def _formula(gradient: Gradient) -> tuple[Callable[..., None], Callable[..., Any
     return setup_context, backward
 
 
-def _below_autograd(op: OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
-    with _C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+def _below_autograd(op: OpOverload, kernels: Kernels, mutated: Sequence[int]) -> Below:
+    """What takes over from autograd. Where a backend comes next its kernel is called at once: two turns through the
+    dispatcher take longer than all else that a small call needs.
+    """
+
+    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        kernel = kernels.get((keyset & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId())
+        with _C._AutoDispatchBelowAutograd():
+            if kernel is None:
+                return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+            _count_updates(op, mutated, args)
+            return kernel(*args)
+
+    return below
 
 
 def _refuse_forward_mode(op: OpOverload) -> None:
@@ -86,7 +107,7 @@ def _refuse_forward_mode(op: OpOverload) -> None:
         )
 
 
-def _refusing(op: OpOverload) -> Callable[..., Any]:
+def _refusing(op: OpOverload, below: Below) -> Callable[..., Any]:
     name = op._schema.name
 
     def run(keyset: Any, *args: Any) -> Any:
@@ -95,12 +116,12 @@ def _refusing(op: OpOverload) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"{name} is for inference and has no gradient: call it under torch.no_grad() or detach its inputs"
             )
-        return _below_autograd(op, keyset, args)
+        return below(keyset, args)
 
     return run
 
 
-def refusing_later(op: OpOverload) -> Callable[..., Any]:
+def refusing_later(op: OpOverload, kernels: Kernels) -> Callable[..., Any]:
     """For a backward operator: `torch.func.grad` records it always, so only differentiating its outputs is an error."""
     name = op._schema.name
     reason = (
@@ -113,11 +134,11 @@ def refusing_later(op: OpOverload) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(reason)
 
-    return _differentiable(op, setup_context, backward)
+    return _differentiable(op, _below_autograd(op, kernels, ()), setup_context, backward)
 
 
 def _differentiable(
-    op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: OpOverload, below: Below, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     defaults = [a.default_value for a in op._schema.arguments]
     label = "Backward_" + op._schema.name.replace("::", "_")
@@ -125,7 +146,7 @@ def _differentiable(
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            output = _below_autograd(op, keyset, args)
+            output = below(keyset, args)
             setup_context(ctx, args, output)
             return output
 
@@ -155,6 +176,6 @@ def _differentiable(
             # A transform has dispatched its own level to this kernel: the next one takes over below autograd.
             with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
                 return super(torch.autograd.Function, Transformed).apply(keyset, *args)  # type: ignore[no-untyped-call]
-        return _below_autograd(op, keyset, args)
+        return below(keyset, args)
 
     return run

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 
 from fla_ops import launch
@@ -91,10 +92,10 @@ def register(
     if flops is not None:
         _flops.register(op._overloadpacket, lambda *args, **_: flops(signature.call_of(args)))
     cast = frozenset(i for i, name in enumerate(signature.fields) if name in ACTIVATIONS)
-    _wire(op, signature, adapt, cpu, cuda, fake, cast, inline)
-    LIBRARY.impl(signature.name, _gradient.kernel(op, gradient), "Autograd", with_keyset=True)
-    if signature.mutated:
-        positions = [signature.fields.index(name) for name in signature.mutated]
+    kernels = _wire(op, signature, adapt, cpu, cuda, fake, cast, inline)
+    positions = [signature.fields.index(name) for name in signature.mutated]
+    LIBRARY.impl(signature.name, _gradient.kernel(op, gradient, kernels, positions), "Autograd", with_keyset=True)
+    if positions:
         LIBRARY.impl(signature.name, _gradient.version_kernel(op, positions), "ADInplaceOrView", with_keyset=True)
     _record(signature, op, "differentiable" if gradient else "inference", cpu, cuda, tuple(inline or ()))
 
@@ -120,8 +121,8 @@ def register_backward(
     op = _define(gradient, gradient.schema, tags)
     if flops is not None:
         _flops.register(op._overloadpacket, lambda *args, **_: flops(*gradient.parts_of(args)))
-    _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), inline)
-    LIBRARY.impl(gradient.name, _gradient.refusing_later(op), "Autograd", with_keyset=True)
+    kernels = _wire(op, gradient, adapt, cpu, cuda, _like_inputs, frozenset(), inline)
+    LIBRARY.impl(gradient.name, _gradient.refusing_later(op, kernels), "Autograd", with_keyset=True)
     _record(gradient, op, "inference", cpu, cuda, tuple(inline or ()))
 
 
@@ -157,11 +158,18 @@ def _wire(
     fake: Function,
     cast: frozenset[int],
     inline: dict[str, str] | None,
-) -> None:
-    """Register what runs below autograd; `adapt` turns a function of the declaration's parts into one of arguments."""
+) -> _gradient.Kernels:
+    """Register what runs below autograd; `adapt` turns a function of the declaration's parts into one of arguments.
+
+    Returns the backends' kernels.
+    """
     qualified, name = op._schema.name, op._opname
-    LIBRARY.impl(name, adapt(partial(_on_the_host, cpu, cuda)), "CPU")
-    LIBRARY.impl(name, _on_its_device(adapt(partial(resolve, cuda))), "CUDA")
+    kernels = {
+        DispatchKey.CPU: adapt(partial(_on_the_host, cpu, cuda)),
+        DispatchKey.CUDA: _on_its_device(adapt(partial(resolve, cuda))),
+    }
+    for backend, function in kernels.items():
+        LIBRARY.impl(name, function, backend.name)
     torch.library.register_fake(qualified, adapt(lambda: fake), lib=LIBRARY)
     # With nothing to cast too: a kernel's own ATen calls, in a backward pass say, must not meet autocast.
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
@@ -172,6 +180,7 @@ def _wire(
     if not INTERPRETED:
         bodies = {device: adapt(partial(resolve, path)) for device, path in (inline or {}).items()}
         _inline.register(op, bodies, LIBRARY)
+    return kernels
 
 
 def _on_its_device(kernel: Function) -> Function:

@@ -38,14 +38,14 @@ def one_step(c: Decoding) -> Tensor:
     o = c.q.new_empty((1, sequences, heads, value_width))
     offsets = torch.tensor(valid.cu_seqlens_values(c.cu_seqlens, time))
     g, sink = (build.float32(x) for x in (c.g, c.sink_bias))
-    arguments = Arguments(
+    arguments = Arguments.of(
         *(time, sequences, key_heads, heads, key_width, value_width),
         *(False, build.threads(time * heads * (key_width + value_width))),
         c.factor,
-        *(build.address(x) for x in (offsets, None)),
+        *build.addresses(offsets, None),
         *(-1 if c.window_size is None else c.window_size, c.factor if c.do_gate_scale else 1.0),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o)),
-        *(build.address(x) for x in (g, sink)),
+        *build.steps(c.q, c.k, c.v, o),
+        *build.addresses(g, sink),
     )
     library.decode(ctypes.byref(arguments))
     return o

@@ -16,9 +16,10 @@ from ..call import Call, Gradients, Need, Outputs, Step
 from . import aten
 
 SOURCE = "causal_conv/cpu/convolve.cpp"
+Steps = tuple[int, ...]  # the numbers of build.Steps
 
 
-class Arguments(ctypes.Structure):
+class Arguments(build.Arguments):
     """struct Call of convolve.cpp."""
 
     _fields_ = (
@@ -80,7 +81,7 @@ def _run(
     kernel: Any,
     c: Any,
     time: int,
-    tensors: tuple[build.Steps, ...],
+    tensors: tuple[Steps, ...],
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
     offsets: Tensor | None = None,
@@ -93,32 +94,33 @@ def _run(
     (channels, taps), batch = c.weight.shape, c.x.shape[0]
     weight, bias = c.weight if c.weight.dtype in build.DTYPES else c.weight.float(), build.float32(c.bias)
     held = taps - 1 if isinstance(c, Call) else c.state.shape[2]
-    absent = (build.Steps(),) * (6 - len(tensors))
-    arguments = Arguments(
+    absent = build.NOTHING * (6 - len(tensors))
+    arguments = Arguments.of(
         *(time, batch if offsets is None else len(offsets) - 1, channels, taps, held),
         *(c.activation is not None, build.threads(batch * time * channels * taps)),
-        *(build.address(tensor) for tensor in (offsets, slots, bias)),
-        _view(weight, 0, weight.stride(1), weight.stride(0)),
-        *(*tensors, *absent),
-        *(build.address(tensor) for tensor in (dweight, dbias)),
+        *build.addresses(offsets, slots, bias),
+        *_view(weight, 0, weight.stride(1), weight.stride(0)),
+        *(number for x in tensors for number in x),
+        *absent,
+        *build.addresses(dweight, dbias),
     )
     kernel(ctypes.byref(arguments))
 
 
-def _steps(x: Tensor | None) -> build.Steps:
+def _steps(x: Tensor | None) -> Steps:
     """[B, T, D]."""
-    return build.Steps() if x is None else _view(x, *x.stride())
+    return build.NOTHING if x is None else _view(x, *x.stride())
 
 
-def _step(x: Tensor) -> build.Steps:
+def _step(x: Tensor) -> Steps:
     """[N, D] as one step each."""
     return _view(x, x.stride(0), 0, x.stride(1))
 
 
-def _states(x: Tensor | None) -> build.Steps:
+def _states(x: Tensor | None) -> Steps:
     """[N, D, S] as S steps each."""
-    return build.Steps() if x is None else _view(x, x.stride(0), x.stride(2), x.stride(1))
+    return build.NOTHING if x is None else _view(x, x.stride(0), x.stride(2), x.stride(1))
 
 
-def _view(x: Tensor, sequence: int, step: int, channel: int) -> build.Steps:
-    return build.Steps(x.data_ptr(), build.DTYPES[x.dtype], sequence, step, 0, channel)
+def _view(x: Tensor, sequence: int, step: int, channel: int) -> Steps:
+    return x.data_ptr(), build.DTYPES[x.dtype], sequence, step, 0, channel

@@ -12,12 +12,14 @@ import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -134,6 +136,15 @@ def _runtime() -> Runtime:
         return Runtime()
 
 
+class Arguments(ctypes.Structure):
+    """What a C++ function takes."""
+
+    @classmethod
+    def of(cls, *numbers: float) -> Self:
+        """The structure that holds these numbers, packed at once: to make each part of it takes longer than a step."""
+        return cls.from_buffer_copy(_packing(cls)(*numbers))
+
+
 class Steps(ctypes.Structure):
     """A tensor [B, T, heads, width]: struct Steps of kernels.h."""
 
@@ -143,7 +154,7 @@ class Steps(ctypes.Structure):
     )
 
 
-class Walks(ctypes.Structure):
+class Walks(Arguments):
     """The arguments that a kernel along sequences begins with: struct Walks of kernels.h."""
 
     _fields_ = (
@@ -154,14 +165,53 @@ class Walks(ctypes.Structure):
     )
 
 
-def steps(x: Tensor | None) -> Steps:
-    """Zeros for None."""
-    return Steps() if x is None else Steps(x.data_ptr(), DTYPES[x.dtype], *x.stride())
+NOTHING = (0,) * 6  # the numbers of a Steps without a tensor
+CODES = {ctypes.c_int64: "q", ctypes.c_double: "d", ctypes.c_void_p: "P"}  # of the module struct
 
 
-def address(x: Tensor | None) -> int | None:
+@cache
+def _packing(kind: type[ctypes.Structure]) -> Callable[..., bytes]:
+    return struct.Struct("".join(_codes(kind))).pack
+
+
+def _codes(kind: type[ctypes.Structure]) -> Iterator[str]:
+    for base in reversed(kind.mro()):
+        for _, field in vars(base).get("_fields_", ()):
+            yield from _codes(field) if issubclass(field, ctypes.Structure) else CODES[field]
+
+
+def steps(*tensors: Tensor | None) -> list[int]:
+    """The numbers of a Steps for each [B, T, heads, width]; zeros for None."""
+    numbers: list[int] = []
+    for x in tensors:
+        numbers += NOTHING if x is None else (x.data_ptr(), DTYPES[x.dtype], *x.stride())
+    return numbers
+
+
+def one_step(*tensors: Tensor) -> list[int]:
+    """The same for each [N, heads, width], as [N, 1, heads, width]."""
+    numbers: list[int] = []
+    for x in tensors:
+        sequence, head, column = x.stride()
+        numbers += (x.data_ptr(), DTYPES[x.dtype], sequence, 0, head, column)
+    return numbers
+
+
+def rows(*tensors: Tensor | None) -> list[int]:
+    """The same for states [P, H, rows, width], whose rows are what steps are elsewhere."""
+    numbers: list[int] = []
+    for x in tensors:
+        if x is None:
+            numbers += NOTHING
+        else:
+            sequence, head, row, column = x.stride()
+            numbers += (x.data_ptr(), DTYPES[x.dtype], sequence, row, head, column)
+    return numbers
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
     """Null for None."""
-    return None if x is None else x.data_ptr()
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def offsets(c: Any) -> Tensor | None:

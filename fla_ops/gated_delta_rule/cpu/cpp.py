@@ -69,15 +69,15 @@ def _run(kernel: Any, c: Call, o: Tensor, state: Tensor, *gradients: Tensor | No
     g, beta = (build.float32(x) for x in (c.g, c.beta))
     offsets = build.offsets(c)
     (_, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
-    arguments = Arguments(
+    arguments = Arguments.of(
         *(time, state.shape[0], key_heads, heads, key_width, value_width),
         *(c.reverse, build.threads(c.v.numel() * key_width)),
         c.factor,
-        *(build.address(offsets), None),
+        *build.addresses(offsets, None),
         *(min(c.chunk_size, CHUNK), c.use_qk_l2norm_in_kernel),
-        *(build.address(x) for x in (g, beta)),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv)),
-        *(build.address(x) for x in (dg, dbeta, state, dstate)),
+        *build.addresses(g, beta),
+        *build.steps(c.q, c.k, c.v, o, dq, dk, dv),
+        *build.addresses(dg, dbeta, state, dstate),
     )
     kernel(ctypes.byref(arguments))
 

@@ -6,7 +6,6 @@ Its gradient is the chunk form's.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ def forward(c: Call) -> Outputs:
     checks.eager(c)
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     state = state_of(c, c.initial_state)
-    _run(library, c, o, state, offsets=build.offsets(c))
+    steps = [*build.steps(c.q, c.k, c.v, o), *build.rows(state)]
+    _run(library, c, (c.q.shape[1], c.sequences), steps, offsets=build.offsets(c))
     return Outputs(o, returned(c, state) if c.output_final_state else None)
 
 
@@ -52,30 +52,32 @@ def step(c: Step) -> Tensor:
         return aten.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)))
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
-    once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), v=c.v.unsqueeze(1))
-    _run(library, once, o.unsqueeze(1), c.pool, slots=rows)
+    steps = [*build.one_step(c.q, c.k, c.v, o), *build.rows(c.pool)]
+    _run(library, c, (1, len(c.v)), steps, slots=rows)
     return o
 
 
 def _run(
     library: ctypes.CDLL,
-    c: Any,
-    o: Tensor,
-    state: Tensor,
+    c: Call | Step,
+    lead: tuple[int, int],
+    steps: list[int],
     offsets: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> None:
-    """One call of recurrent.cpp. C++ gets raw addresses, so each temporary needs a name that keeps it alive."""
+    """One call of recurrent.cpp; `lead` is the time and the number of sequences.
+
+    C++ gets raw addresses, so the caller has names that keep the tensors alive.
+    """
     g, beta = (build.float32(x) for x in (c.g, c.beta))
-    (batch, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
-    sequences = batch if offsets is None else len(offsets) - 1
-    arguments = Arguments(
-        *(time, sequences, key_heads, heads, key_width, value_width),
+    (key_heads, key_width), (heads, value_width) = c.q.shape[-2:], c.v.shape[-2:]
+    arguments = Arguments.of(
+        *(*lead, key_heads, heads, key_width, value_width),
         *(False, build.threads(c.v.numel() * key_width)),
         c.factor,
-        *(build.address(x) for x in (offsets, slots)),
+        *build.addresses(offsets, slots),
         c.use_qk_l2norm_in_kernel,
-        *(build.address(x) for x in (g, beta)),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o, state.transpose(1, 2))),
+        *build.addresses(g, beta),
+        *steps,
     )
     library.recurrent_forward(ctypes.byref(arguments))

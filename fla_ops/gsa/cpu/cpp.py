@@ -101,14 +101,14 @@ def _run(kernel: Any, c: Call, kept: Kept, states: tuple[Tensor, Tensor], d: Gra
     (batch, time, query_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
     slots = s.shape[3]
     products = batch * time * query_heads * slots * (key_width + value_width)
-    arguments = Arguments(
+    arguments = Arguments.of(
         *(time, batch if offsets is None else len(offsets) - 1, heads, heads, key_width, value_width),
         *(c.reverse, build.threads(products)),
         c.factor,
-        *(build.address(x) for x in (offsets, None)),
+        *build.addresses(offsets, None),
         *(slots, query_heads // heads, c.chunk_steps),
-        *(build.steps(x) for x in (c.q, c.k, c.v, s, g, kept.o, kept.earlier, own)),
-        *(build.steps(x) for x in (d[:5] if d else [None] * 5)),
-        *(build.address(x) for x in (*states, *(d[5:] if d else (None, None)), kept.states_k, kept.states_v)),
+        *build.steps(c.q, c.k, c.v, s, g, kept.o, kept.earlier, own),
+        *build.steps(*(d[:5] if d else [None] * 5)),
+        *build.addresses(*states, *(d[5:] if d else (None, None)), kept.states_k, kept.states_v),
     )
     kernel(ctypes.byref(arguments))

@@ -37,7 +37,7 @@ def forward(c: Call) -> Outputs:
     o = c.v.new_empty((*c.q.shape[:3], c.v.shape[3]))
     gated, states, offsets = with_gates(c), states_of(c, c.initial_k, c.initial_v), build.offsets(c)
     s, g = known(gated.s), known(gated.g)
-    steps = [*map(build.steps, (c.q, c.k, c.v, s, g, o)), *map(_rows_as_steps, states)]
+    steps = [*build.steps(c.q, c.k, c.v, s, g, o), *build.rows(*states)]
     _run(library, c, (c.q.shape[1], c.sequences, c.reverse), steps, offsets=offsets)
     return Outputs(o, *(states if c.output_final_state else (None, None)))
 
@@ -51,28 +51,16 @@ def step(c: Step) -> Tensor:
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state_k)))
     o = c.v.new_empty((*c.q.shape[:2], c.v.shape[2]))
     s, g = known(c.s), known(c.g)
-    steps = [*map(_one_step, (c.q, c.k, c.v, s, g, o)), *map(_rows_as_steps, c.pools)]
+    steps = [*build.one_step(c.q, c.k, c.v, s, g, o), *build.rows(*c.pools)]
     _run(library, c, (1, len(c.q), False), steps, slots=rows)
     return o
-
-
-def _one_step(x: Tensor) -> build.Steps:
-    """[N, heads, width] as [N, 1, heads, width], without the call that makes a view."""
-    sequence, head, column = x.stride()
-    return build.Steps(x.data_ptr(), build.DTYPES[x.dtype], sequence, 0, head, column)
-
-
-def _rows_as_steps(state: Tensor) -> build.Steps:
-    """[P, H, rows, width] as [P, rows, H, width], likewise."""
-    sequence, head, row, column = state.stride()
-    return build.Steps(state.data_ptr(), build.DTYPES[state.dtype], sequence, row, head, column)
 
 
 def _run(
     library: Any,
     c: Call | Step,
     lead: tuple[int, int, bool],
-    steps: list[build.Steps],
+    steps: list[int],
     offsets: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> None:
@@ -84,11 +72,11 @@ def _run(
     (query_heads, key_width), (heads, value_width) = c.q.shape[-2:], c.v.shape[-2:]
     memory = c.s.shape[-1]
     rows = c.q.numel() // (query_heads * key_width)  # of the batch or the pack, and in time
-    arguments = Arguments(
+    arguments = Arguments.of(
         *(time, sequences, heads, heads, key_width, value_width),
         *(reverse, build.threads(rows * heads * memory * (key_width + value_width))),
         c.factor,
-        *(build.address(x) for x in (offsets, slots)),
+        *build.addresses(offsets, slots),
         *(memory, query_heads // heads),
         *steps,
     )

@@ -35,7 +35,8 @@ def forward(c: Normalize) -> Normalized:
         return aten.forward(c)
     y = torch.empty_like(c.o, memory_format=torch.contiguous_format)
     z = _sums(c, c.initial_z, c.o)
-    _run(library.normalize_forward, c, c.reverse, y, z, offsets=build.offsets(c))
+    steps = build.steps(c.q, c.k, c.o, y, z, None, None, None)
+    _run(library.normalize_forward, c, _lead(c), steps, offsets=build.offsets(c))
     return Normalized(y, z if c.output_final_z else None)
 
 
@@ -49,8 +50,8 @@ def backward(c: Normalize, d: Normalized, need: Need, saved: Normalized) -> Grad
     do = torch.empty_like(y, memory_format=torch.contiguous_format) if need.o else None
     z = _sums(c, c.initial_z, y)
     dz = _sums(c, d.final_z, y) if need.k or need.initial_z else None
-    arriving = c._replace(o=d.normalized)
-    _run(library.normalize_backward, arriving, c.reverse, y, z, dz, dq, dk, do, offsets=build.offsets(c))
+    steps = build.steps(c.q, c.k, d.normalized, y, z, dq, dk, do)
+    _run(library.normalize_backward, c._replace(o=y), _lead(c), steps, dz, build.offsets(c))
     dq, dk = (None if x is None else build.sum_groups(x, like) for x, like in ((dq, c.q), (dk, c.k)))
     return dq, dk, do, dz.to(c.initial_z.dtype) if need.initial_z else None
 
@@ -63,8 +64,8 @@ def step(c: NormalizeStep) -> Tensor:
         return aten.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.z)))
     y = torch.empty_like(c.o, memory_format=torch.contiguous_format)
-    once = c._replace(q=c.q.unsqueeze(1), k=c.k.unsqueeze(1), o=c.o.unsqueeze(1), scale=c.factor)
-    _run(library.normalize_forward, once, False, y.unsqueeze(1), c.z, slots=rows)
+    steps = [*build.one_step(c.q, c.k, c.o, y), *build.steps(c.z), *build.NOTHING * 3]
+    _run(library.normalize_forward, c, (1, len(c.o), False), steps, slots=rows)
     return y
 
 
@@ -75,25 +76,32 @@ def _sums(c: Normalize, z: Tensor | None, o: Tensor) -> Tensor:
     return o.new_zeros((c.sequences, 1, o.shape[2], c.q.shape[3]), dtype=torch.float32)
 
 
+def _lead(c: Normalize) -> tuple[int, int, bool]:
+    return c.q.shape[1], c.sequences, c.reverse
+
+
 def _run(
     kernel: Any,
-    c: Any,
-    reverse: bool,
-    y: Tensor,
-    z: Tensor,
-    *gradients: Tensor | None,
+    c: Normalize | NormalizeStep,
+    lead: tuple[int, int, bool],
+    steps: list[int],
+    dz: Tensor | None = None,
     offsets: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> None:
-    """One call of normalize.cpp; the gradients are those of z, q, k and o."""
-    dz, dq, dk, do = gradients or (None,) * 4
-    (batch, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.o.shape[2:]
-    arguments = Arguments(
-        *(time, batch if offsets is None else len(offsets) - 1, key_heads, heads, key_width, value_width),
-        *(reverse, build.threads(batch * time * heads * (key_width + value_width))),
+    """One call of normalize.cpp. `lead` is the time, the number of sequences and whether time runs backwards; dz is the
+    gradient of z.
+
+    C++ gets raw addresses, so the caller has names that keep the tensors alive.
+    """
+    time, sequences, reverse = lead
+    (key_heads, key_width), (heads, value_width) = c.q.shape[-2:], c.o.shape[-2:]
+    arguments = Arguments.of(
+        *(time, sequences, key_heads, heads, key_width, value_width),
+        *(reverse, build.threads(c.o.numel() // value_width * (key_width + value_width))),
         c.factor,
-        *(build.address(x) for x in (offsets, slots)),
-        *(build.steps(x) for x in (c.q, c.k, c.o, y, z, dq, dk, do)),
-        build.address(dz),
+        *build.addresses(offsets, slots),
+        *steps,
+        *build.addresses(dz),
     )
     kernel(ctypes.byref(arguments))

@@ -28,12 +28,12 @@ class States(ctypes.Structure):
     _fields_ = (("pool", build.Steps), ("slots", ctypes.c_void_p), ("fresh", ctypes.c_void_p))
 
 
-def states(pool: Tensor | None, slots: Tensor | None = None, fresh: Tensor | None = None) -> States:
-    """[P, H, rows, width], whose rows are what steps are elsewhere; zeros for None."""
-    return States(build.steps(None if pool is None else pool.transpose(1, 2)), *map(build.address, (slots, fresh)))
+def states(pool: Tensor | None, slots: Tensor | None = None, fresh: Tensor | None = None) -> list[int]:
+    """The numbers of a States for [P, H, rows, width]; zeros for None."""
+    return [*build.rows(pool), *build.addresses(slots, fresh)]
 
 
-class Arguments(ctypes.Structure):
+class Arguments(build.Arguments):
     """struct Call of chunk.cpp."""
 
     _fields_ = (
@@ -147,7 +147,7 @@ def _run(
     c: Call,
     fused: bool,
     o: Tensor | None,
-    state: States,
+    state: list[int],
     *gradients: Any,
     kept: Tensor | None = None,
     every: int = 0,
@@ -161,14 +161,14 @@ def _run(
     g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
     offsets = build.offsets(c)
     batch, time, key_heads, width = c.q.shape
-    arguments = Arguments(
+    arguments = Arguments.of(
         *(batch, time, c.sequences, key_heads, c.v.shape[2], width, c.v.shape[3]),
         *(min(c.chunk_size, CHUNK), every, fused, c.reverse, build.threads(c.v.numel() * width)),
         c.factor,
-        *(build.address(x) for x in (offsets, g, g_gamma)),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o, dq, dk, dv)),
-        build.steps(None if kept is None else kept.transpose(1, 2)),
-        *(state, dstate, build.address(dg)),
+        *build.addresses(offsets, g, g_gamma),
+        *build.steps(c.q, c.k, c.v, o, dq, dk, dv),
+        *(*build.rows(kept), *state, *dstate),
+        *build.addresses(dg, None),
     )
     library.chunk_space.restype = ctypes.c_int64
     space = torch.empty(library.chunk_space(ctypes.byref(arguments), bool(gradients)), dtype=torch.float32)

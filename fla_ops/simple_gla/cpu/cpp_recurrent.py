@@ -17,6 +17,7 @@ from . import aten
 from .cpp import gradients_of, state_of
 
 SOURCE = "simple_gla/cpu/recurrent.cpp"
+NO_GRADIENTS = build.NOTHING * 3
 
 
 class Arguments(build.Walks):
@@ -37,7 +38,8 @@ def forward(c: Call) -> Outputs:
         return aten.forward(c)
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
     state = state_of(c, c.initial_state)
-    _run(library.recurrent_forward, c, c.reverse, o, state, offsets=build.offsets(c))
+    steps = [*build.steps(c.q, c.k, c.v, o), *build.rows(state), *NO_GRADIENTS]
+    _run(library.recurrent_forward, c, _lead(c), steps, (build.offsets(c), None, None))
     if not c.output_final_state:
         return Outputs(o, None)
     return Outputs(o, state.mT.contiguous() if c.state_v_first else state)
@@ -53,8 +55,8 @@ def backward(c: Call, d: Outputs, need: Need) -> Gradients:
     dg = c.v.new_empty(c.v.shape[:3], dtype=torch.float32) if need.g or need.g_gamma else None
     dstate = state_of(c, d.final_state) if any(need[1:]) else None
     state = state_of(c, c.initial_state)
-    gradients = (dstate, dq, dk, dv, dg)
-    _run(library.recurrent_backward, c, c.reverse, d.o, state, *gradients, offsets=build.offsets(c))
+    steps = [*build.steps(c.q, c.k, c.v, d.o), *build.rows(state), *build.steps(dq, dk, dv)]
+    _run(library.recurrent_backward, c, _lead(c), steps, (build.offsets(c), None, None), (dg, dstate))
     dq, dk = (None if x is None else build.sum_groups(x, like) for x, like in ((dq, c.q), (dk, c.k)))
     return dq, dk, dv, *gradients_of(c, need, dg, dstate)
 
@@ -67,9 +69,8 @@ def step(c: Step) -> Tensor:
         return aten.step(c)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)))
     o = torch.empty_like(c.v, memory_format=torch.contiguous_format)
-    q, k, v = c.q.unsqueeze(1), c.k.unsqueeze(1), c.v.unsqueeze(1)
-    once = Step(q, k, v, c.state, c.g, c.g_gamma, c.factor)
-    _run(library.recurrent_forward, once, False, o.unsqueeze(1), c.pool, slots=rows)
+    steps = [*build.one_step(c.q, c.k, c.v, o), *build.rows(c.pool), *NO_GRADIENTS]
+    _run(library.recurrent_forward, c, (1, len(c.v), False), steps, (None, rows, None))
     return o
 
 
@@ -82,43 +83,38 @@ def advance(c: Advance) -> None:
         return
     accepted = torch.tensor(valid.step_counts(c.accepted, c.k.shape[1]), dtype=torch.int64)
     rows = None if c.slots is None else torch.tensor(valid.slot_values(c.slots, len(c.state)), dtype=torch.int64)
-    g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
-    (sequences, time, key_heads, key_width), (heads, value_width) = c.k.shape, c.v.shape[2:]
-    arguments = Arguments(
-        *(time, sequences, key_heads, heads, key_width, value_width),
-        *(False, build.threads(c.v.numel() * key_width)),
-        1.0,
-        *(build.address(x) for x in (None, rows, g, g_gamma, accepted)),
-        *(build.steps(x) for x in (None, c.k, c.v, None, c.pool.transpose(1, 2), None, None, None)),
-        *(build.address(x) for x in (None, None)),
-    )
-    library.recurrent_advance(ctypes.byref(arguments))
+    sequences, time = c.k.shape[:2]
+    steps = [*build.steps(None, c.k, c.v, None), *build.rows(c.pool), *NO_GRADIENTS]
+    _run(library.recurrent_advance, c, (time, sequences, False), steps, (None, rows, accepted))
+
+
+def _lead(c: Call) -> tuple[int, int, bool]:
+    return c.q.shape[1], c.sequences, c.reverse
 
 
 def _run(
     kernel: Any,
-    c: Any,
-    reverse: bool,
-    o: Tensor,
-    state: Tensor,
-    *gradients: Tensor | None,
-    offsets: Tensor | None = None,
-    slots: Tensor | None = None,
+    c: Call | Step | Advance,
+    lead: tuple[int, int, bool],
+    steps: list[int],
+    within: tuple[Tensor | None, Tensor | None, Tensor | None] = (None,) * 3,
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    """One call of recurrent.cpp; the gradients are those of the state, of q, k, v and g.
+    """One call of recurrent.cpp. `lead` is the time, the number of sequences and whether time runs backwards; `within`
+    are the offsets, slots and counts of steps; the gradients are those of g and of the state.
 
-    C++ gets raw addresses, so each temporary needs a name that keeps it alive.
+    C++ gets raw addresses, so the caller has names that keep the tensors alive.
     """
-    dstate, dq, dk, dv, dg = gradients or (None,) * 5
+    time, sequences, reverse = lead
     g, g_gamma = (build.float32(x) for x in (c.g, c.g_gamma))
-    (batch, time, key_heads, key_width), (heads, value_width) = c.q.shape, c.v.shape[2:]
-    sequences = batch if offsets is None else len(offsets) - 1
-    arguments = Arguments(
+    offsets, slots, accepted = within
+    (key_heads, key_width), (heads, value_width) = c.k.shape[-2:], c.v.shape[-2:]
+    arguments = Arguments.of(
         *(time, sequences, key_heads, heads, key_width, value_width),
-        *(reverse, build.threads(batch * time * heads * key_width * value_width)),
-        c.factor,
-        *(build.address(x) for x in (offsets, slots, g, g_gamma, None)),
-        *(build.steps(x) for x in (c.q, c.k, c.v, o, state.transpose(1, 2), dq, dk, dv)),
-        *(build.address(x) for x in (dg, dstate)),
+        *(reverse, build.threads(c.v.numel() * key_width)),
+        1.0 if isinstance(c, Advance) else c.factor,
+        *build.addresses(offsets, slots, g, g_gamma, accepted),
+        *steps,
+        *build.addresses(*gradients),
     )
     kernel(ctypes.byref(arguments))
