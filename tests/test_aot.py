@@ -18,6 +18,7 @@ import torch
 import triton
 
 from fla_ops import launch
+from fla_ops.common.gpu import chunk_index, offsets
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
@@ -108,6 +109,16 @@ def test_many_heads_share_one(target: str) -> None:
     with mock.patch.dict(LAUNCHES["gsa"].SIZES, query_heads=MANY_HEADS, heads=1):
         (call,) = launched(target, "gsa_decoding", LAUNCHES["gsa"].step, torch.float32, 64, 64)
     check(target, call)
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_packed_sequences_are_found_by_two_kernels(target: str) -> None:
+    cu_seqlens = torch.tensor([0, 30, 100])
+    with aot.launches(target) as launches:
+        chunk_index.build(1, 100, offsets.followed(cu_seqlens, 100), 64)
+    assert [call.kernel.__name__ for call in launches] == ["offsets_kernel", "chunk_index_kernel"]
+    for call in launches:
+        check(target, call)
 
 
 def wrong_with(target: str, call: aot.Launch) -> str:

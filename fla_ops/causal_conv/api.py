@@ -57,8 +57,9 @@ def causal_conv(
         output_final_state: whether to return the last W - 1 steps, those of the state included.
         activation: None, or "silu", which "swish" means too.
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
-            T, never falls; a sequence may be empty, or shorter than the taps. cu_seqlens_cpu: the same values on the
-            host; results do not depend on it.
+            T, never falls; a sequence may be empty, or shorter than the taps. On a GPU, where no value can be read
+            back, wrong ones count as their running maximum from 0 to T. cu_seqlens_cpu: the same values on the host;
+            results do not depend on it.
 
     Returns:
         o [B, T, D] in x's dtype, and the final state [N, D, W - 1] in float32 (float64 for float64) or None. A run that

@@ -187,8 +187,8 @@ def gated_delta_rule(
             inputs).
         use_qk_l2norm_in_kernel: divide q and k by the root of their squared norm + 1e-6 first.
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
-            T, never falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not
-            depend on it.
+            T, never falls; a sequence may be empty. On a GPU, where no value can be read back, wrong ones count as
+            their running maximum from 0 to T. cu_seqlens_cpu: the same values on the host; results do not depend on it.
         chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. It changes the speed alone.
         mode: "auto", "chunk" or "fused_recurrent". A named form is used.
 

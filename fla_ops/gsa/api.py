@@ -262,8 +262,8 @@ def gsa(
         output_final_state: whether to return that pair after the last step, float32 (float64 for float64
             inputs).
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at
-            T, never falls; a sequence may be empty. cu_seqlens_cpu: the same values on the host; results do not
-            depend on it.
+            T, never falls; a sequence may be empty. On a GPU, where no value can be read back, wrong ones count as
+            their running maximum from 0 to T. cu_seqlens_cpu: the same values on the host; results do not depend on it.
         chunk_size: steps in a chunk, a power of two from 16 to 256; None means 64. It changes the speed alone.
         reverse: run time backwards; the final state is the one after step 0.
         mode: "auto", "chunk" or "fused_recurrent". A named form is used or refused.

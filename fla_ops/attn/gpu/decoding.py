@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import first_row, locate_chunk
 from fla_ops.common.gpu.tiles import dot, nearest, split_program
 
@@ -142,7 +142,6 @@ def one_step(c: Decoding) -> Tensor:
     checks.eager_decoding(c)
     refuse_float64(c.q)
     refuse_widths(c)
-    check_offsets(c)
     _, sequences, query_heads, key_width = c.q.shape
     time, heads, value_width = c.v.shape[1:]
     o = c.q.new_empty((*c.q.shape[:3], value_width))

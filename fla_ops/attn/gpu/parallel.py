@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, packed_sequences, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk
 from fla_ops.common.gpu.tiles import dot, load_rows, nearest, split_program, store_rows
 
@@ -121,7 +121,6 @@ def forward(c: Call) -> Outputs:
     checks.eager(c)
     refuse_float64(c.q)
     refuse_widths(c)
-    check_offsets(c)
     if c.window_size == 0:
         return outputs.without_keys(c)
     c = contiguous(c)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk, sequence_bounds
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, store_rows
 
@@ -188,7 +188,6 @@ def forward(c: Call):
     """o [B, T, D] in x's dtype, and the last W - 1 steps in float32 or None."""
     checks.eager(c)
     refuse_float64(c.x, "x")
-    check_offsets(c, "x")
     c = contiguous(c)
     x = c.x
     o, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), None

@@ -9,14 +9,39 @@ from torch import Tensor
 
 from fla_ops import validation as valid
 
+from .offsets import followed
+
 WIDEST = 256  # of a state that one program holds
 
 
+OFFSETS = {"cu_seqlens": "T", "cu_seqlens_k": "TK"}  # and the axis that they cut
+
+
 def contiguous(c: Any, but: tuple[str, ...] = ()) -> Any:
-    """The same call with contiguous tensors, whose strides follow from the sizes; `but` those that are named."""
-    return c._make(
+    """The same call with contiguous tensors, whose strides follow from the sizes, `but` those that are named; and with
+    offsets that lead nowhere outside. On the host wrong ones are refused.
+    """
+    found = c._make(
         x.contiguous() if isinstance(x, Tensor) and name not in but else x
         for name, x in zip(c._fields, c, strict=True)
+    )
+    given = {name: x for name in OFFSETS if (x := getattr(c, name, None)) is not None}
+    return found._replace(**{name: _checked(x, _steps(c, OFFSETS[name])) for name, x in given.items()})
+
+
+def _checked(offsets: Tensor, time: int) -> Tensor:
+    if offsets.is_cuda:
+        return followed(offsets, time)
+    valid.cu_seqlens_values(offsets, time)
+    return offsets
+
+
+def _steps(c: Any, letter: str) -> int:
+    """The size of an axis of time."""
+    return next(
+        x.shape[1]
+        for name, letters in c.axes.items()
+        if letters.split()[1:2] == [letter] and isinstance(x := getattr(c, name, None), Tensor)
     )
 
 
@@ -24,17 +49,6 @@ def refuse_float64(x: Tensor, names: str = "q, k, v") -> None:
     """The kernels compute in float32."""
     if x.dtype is torch.float64:
         raise TypeError(f"{names} must be float32, bfloat16 or float16 on a GPU, got float64")
-
-
-def check_offsets(c: Any, packed: str = "k") -> None:
-    """The values of a call's cu_seqlens over the steps of a tensor, without waiting for a device."""
-    if c.cu_seqlens is None:
-        return
-    time = getattr(c, packed).shape[1]
-    if c.cu_seqlens.is_cuda:
-        valid.cu_seqlens_values_async(c.cu_seqlens, time)
-    else:
-        valid.cu_seqlens_values(c.cu_seqlens, time)
 
 
 def packed_sequences(cu_seqlens: Tensor | None) -> int:

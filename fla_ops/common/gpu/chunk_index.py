@@ -9,6 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fla_ops import launch
+
+BLOCK = 64  # sequences that are counted at once
+ROWS = 64  # of the index in a program
+
 
 @dataclass(frozen=True)
 class ChunkIndex:
@@ -30,9 +35,41 @@ def build(batch: int, time: int, cu_seqlens: Tensor | None, size: int) -> ChunkI
         return ChunkIndex(size, batch * triton.cdiv(time, size), None, None)
     sequences = cu_seqlens.shape[0] - 1
     rows = (time + sequences * (size - 1)) // size
-    ends = torch.cumsum((cu_seqlens.diff() + (size - 1)) // size, 0)
-    position = torch.arange(rows, device=cu_seqlens.device)
-    return ChunkIndex(size, rows, torch.searchsorted(ends, position, right=True, out_int32=True), ends)
+    sequence = torch.empty(rows, dtype=torch.int32, device=cu_seqlens.device)
+    ends = torch.empty(sequences, dtype=torch.int64, device=cu_seqlens.device)
+    launch.run(
+        chunk_index_kernel,
+        max(triton.cdiv(rows, ROWS), 1),
+        *(cu_seqlens, sequence, ends, sequences, rows),
+        BT=size, BLOCK=BLOCK, ROWS=ROWS, num_warps=4,
+    )
+    return ChunkIndex(size, rows, sequence, ends)
+
+
+@triton.jit(do_not_specialize=["N", "rows"])
+def chunk_index_kernel(
+    cu_seqlens, chunk_sequence, chunk_ends,     # [N + 1], [rows], [N]
+    N, rows,
+    BT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):
+    """A row lies in the sequence that as many sequences before it end at or before the row. Each program counts the
+    chunks of all sequences; the first one writes where they end.
+    """
+    program = tl.program_id(0)
+    row = program * ROWS + tl.arange(0, ROWS)
+    before = tl.zeros([ROWS], tl.int32)
+    total = tl.zeros([], tl.int32)
+    for first in range(0, N, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        start = tl.load(cu_seqlens + n, mask=n < N, other=0).to(tl.int32)
+        end = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int32)
+        chunks = (end - start + BT - 1) // BT
+        ends = total + tl.cumsum(chunks)
+        tl.store(chunk_ends + n, ends.to(tl.int64), mask=(n < N) & (program == 0))
+        ended = (ends[None, :] <= row[:, None]) & (n < N)[None, :]
+        before += tl.sum(ended.to(tl.int32), 1)
+        total += tl.sum(chunks)
+    tl.store(chunk_sequence + row, before, mask=row < rows)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 
 from .. import checks
 from ..call import Call, Kept
@@ -32,7 +32,6 @@ def forward(c: Call) -> Kept:
     """
     checks.eager(c)
     refuse_float64(c.q)
-    check_offsets(c)
     c = with_gates(contiguous(c))
     q, k, v, s = c[:4]
     chunks = chunks_of(c)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64, refuse_width
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64, refuse_width
 
 from .. import checks
 from ..call import Call, Gradients, Need, Outputs
@@ -26,7 +26,6 @@ def forward(c: Call) -> Outputs:
     refuse_float64(c.q)
     for letter, x in (("K", c.q), ("V", c.v), ("M", c.s)):
         refuse_width(letter, x.shape[3])
-    check_offsets(c)
     c = with_gates(contiguous(c))
     q, k, v, s = c[:4]
     final_k, final_v = final_states(c)

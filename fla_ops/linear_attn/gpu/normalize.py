@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, first_row, locate_chunk, sequence_bounds
 from fla_ops.common.gpu.heads import group_sum, per_value_head
 from fla_ops.common.gpu.tiles import load_rows, nearest, split_program, store_back, store_rows
@@ -213,7 +213,6 @@ def forward(c: Normalize):
     """y [B, T, H, V] in o's dtype, and the last z [N, 1, H, K] in float32 or None."""
     checks.eager(c)
     refuse_float64(c.q)
-    check_offsets(c)
     c = contiguous(c)
     q, k, o, cu_seqlens = c.q, c.k, c.o, c.cu_seqlens
     index, heads = _index(c), o.shape[2]

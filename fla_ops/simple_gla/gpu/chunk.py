@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, packed_sequences, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, final_state, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import locate_chunk, sequence_of
 from fla_ops.common.gpu.decay import block_decay, gate
 from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_program, state_tile, store_rows
@@ -72,7 +72,6 @@ def forward(c: Call):
     refuse_float64(c.q)
     if c.reverse:
         return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
-    check_offsets(c)
     c = contiguous(c)
     final = final_state(c)
     return _outputs(c, Ends(c.initial_state, final)), final
@@ -82,7 +81,6 @@ def prefill(c: Prefill):
     """o [B, T, H, V] in v's dtype; row slots[n] of the pool goes from the initial to the final state of sequence n."""
     checks.eager_prefill(c)
     refuse_float64(c.q)
-    check_offsets(c)
     c = contiguous(c, but=("state",))
     return _outputs(c.call(), ends_of(c))
 
@@ -91,7 +89,6 @@ def record(c: Record):
     """o where there are queries, and in float32 the states after every few steps and the final ones."""
     checks.eager_record(c)
     refuse_float64(c.k)
-    check_offsets(c)
     call = contiguous(c.call())
     final = final_state(call)
     fill = torch.empty if c.cu_seqlens is None else torch.zeros  # packed sequences may leave rows unused

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fla_ops import launch
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, final_state, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, final_state, refuse_float64
 from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.decay import block_decay, decayed, gate
 from fla_ops.common.gpu.heads import group_sum, per_value_head
@@ -124,7 +124,6 @@ def forward(c: Call):
         return Outputs(*forward(c.turned())).turned(packed=c.cu_seqlens is not None)
     if not launch.covers("fused_chunk", c.q, c.q.shape[3]):
         return chunk.forward(c)
-    check_offsets(c)
     c = contiguous(c)
     final = final_state(c)
     o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)

@@ -29,7 +29,6 @@ from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
 from fla_ops.common.gpu.arguments import (
     WIDEST,
-    check_offsets,
     contiguous,
     final_state,
     refuse_float64,
@@ -177,7 +176,6 @@ def forward(c: Call):
     checks.eager(c)
     refuse_float64(c.q)
     refuse_width("K", c.q.shape[3])
-    check_offsets(c)
     c = contiguous(c)
     final = final_state(c)
     o = torch.empty(c.v.shape, dtype=c.v.dtype, device=c.v.device)

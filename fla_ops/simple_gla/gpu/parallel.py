@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fla_ops import launch
 from fla_ops.common.gpu import chunk_index
-from fla_ops.common.gpu.arguments import check_offsets, contiguous, packed_sequences, refuse_float64
+from fla_ops.common.gpu.arguments import contiguous, packed_sequences, refuse_float64
 from fla_ops.common.gpu.chunk_index import ChunkIndex, locate_chunk
 from fla_ops.common.gpu.decay import causal, exponents, gate, load_log_decay, running_sums, within
 from fla_ops.common.gpu.heads import group_sum, per_value_head
@@ -152,7 +152,6 @@ def forward(c: Call):
     """o [B, T, H, V] and attn [B, H, T, T] or None, both in v's dtype."""
     checks.eager(c)
     refuse_float64(c.q)
-    check_offsets(c)
     c = contiguous(c)
     q, k, v = c.q, c.k, c.v
     batch, time, heads, _ = v.shape
