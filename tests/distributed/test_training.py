@@ -1,12 +1,15 @@
-"""A small model under DDP, FSDP2, tensor and sequence parallelism, eager and compiled: gradients are one process's."""
+"""A small model under DDP, FSDP2, tensor, sequence and pipeline parallelism: gradients are those of one process."""
 
 from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fla_ops
 from fla_ops.distributed import along
@@ -138,12 +144,89 @@ def test_sequence_parallel(pair: Pool) -> None:
     pair.run(sequence_parallel)
 
 
-@pytest.mark.slow
-def test_the_example_agrees_with_one_process() -> None:
-    root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "examples/train_distributed.py", "--steps", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+def pipeline() -> None:
+    """Each rank has one of the layers; microbatches go from one to the next, and gradients back."""
+    one, model, x, y = losses()
+    rank = dist.get_rank()
+
+    def layer(x: Tensor) -> Tensor:
+        return x + model.mixers[rank](model.norms[rank](x))
+
+    part = nn.Module()
+    part.mixer, part.norm, part.forward = model.mixers[rank], model.norms[rank], layer
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda out, _: out.square().mean())
+    if rank == 0:
+        schedule.step(x)
+    else:
+        numerics.close(schedule.step(target=x), y)
+    check(model.mixers[rank], one.mixers[rank])
+    check(model.norms[rank], one.norms[rank])
+
+
+def test_pipeline_parallel(pair: Pool) -> None:
+    pair.run(pipeline)
+
+
+def recomputed() -> None:
+    """Half of the batch each, parameters sharded by FSDP2, a backward pass that recomputes all but the operators."""
+    one, model, x, _ = losses()
+    mesh = comparing.mesh_of(2)
+    saved = partial(create_selective_checkpoint_contexts, fla_ops.sac_ops())
+    for i, mixer in enumerate(model.mixers):
+        model.mixers[i] = fully_shard(checkpoint_wrapper(mixer, context_fn=saved), mesh=mesh)
+    fully_shard(model, mesh=mesh)(x.chunk(2)[dist.get_rank()]).square().mean().backward()
+    check(model, one)
+
+
+def test_selective_checkpointing(pair: Pool) -> None:
+    pair.run(recomputed)
+
+
+def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
+    """The command that trains the example."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launch, "examples/train_distributed.py", *arguments]
+
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(*arguments: str, ranks: int = 2) -> str:
+    """What the example prints; its losses agree with one process's."""
+    command = torchrun(*arguments, ranks=ranks)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the losses agree" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2,1,1", "1,2,1", "1,1,2", "1,2,2"])
+def test_the_example_agrees_with_one_process(mesh: str) -> None:
+    train("--steps", "2", "--mesh", mesh, ranks=4 if mesh == "1,2,2" else 2)
+
+
+@pytest.mark.slow
+def test_the_example_agrees_when_compiled() -> None:
+    train("--steps", "2", "--compile")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_another_mesh_goes_on(tmp_path: Path) -> None:
+    where = ("--checkpoints", str(tmp_path), "--every", "1")
+    command = torchrun("--steps", "100000", *where)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes)
+    while not (tmp_path / "step-2").exists() and not list(tmp_path.glob("step-[3-9]*")):
+        assert running.poll() is None
+        time.sleep(0.1)
+    rank = int(Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()[-1])
+    os.kill(rank, signal.SIGKILL)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert "SIGKILL" in said
+
+    reached = max(int(path.name.removeprefix("step-")) for path in tmp_path.glob("step-*"))
+    assert f"continuing after step {reached}" in train("--steps", str(reached + 2), "--mesh", "1,1,2", *where)
