@@ -1,4 +1,4 @@
-"""The gated delta rule: which implementation runs where. There is no Triton kernel: ATen calls serve a GPU.
+"""The gated delta rule: which implementation runs where.
 
 The backward forms recompute what they need from the inputs, so a gradient keeps nothing but those.
 """
@@ -45,14 +45,15 @@ def _step_flops(c: Any) -> int:
 
 
 ATEN, CPP = "fla_ops.gated_delta_rule.cpu.aten", "fla_ops.gated_delta_rule.cpu.cpp"
-for signature, gradient, module, flops in (
-    (call.CHUNK, call.CHUNK_GRADIENT, CPP, _chunk_flops),
-    (call.RECURRENT, call.RECURRENT_GRADIENT, f"{CPP}_recurrent", _recurrent_flops),
+GPU = "fla_ops.gated_delta_rule.gpu"
+for signature, gradient, module, cuda, flops in (
+    (call.CHUNK, call.CHUNK_GRADIENT, CPP, f"{GPU}.chunk", _chunk_flops),
+    (call.RECURRENT, call.RECURRENT_GRADIENT, f"{CPP}_recurrent", f"{GPU}.fused_recurrent", _recurrent_flops),
 ):
     register(
         signature,
         cpu=f"{module}:forward",
-        cuda=f"{ATEN}:forward",
+        cuda=f"{cuda}:forward",
         fake=fake.forward,
         gradient=gradient,
         flops=flops,
@@ -61,14 +62,14 @@ for signature, gradient, module, flops in (
     register_backward(
         gradient,
         cpu=f"{CPP}:backward",
-        cuda=f"{ATEN}:backward",
+        cuda=f"{GPU}.chunk:backward",
         flops=_chunk_backward_flops,
         inline=dict.fromkeys(("cpu", "cuda"), f"{ATEN}:backward"),
     )
 register(
     call.STEP,
     cpu=f"{CPP}_recurrent:step",
-    cuda=f"{ATEN}:step",
+    cuda=f"{GPU}.decoding:step",
     fake=fake.step,
     flops=_step_flops,
     inline=dict.fromkeys(("cpu", "cuda"), f"{ATEN}:step"),

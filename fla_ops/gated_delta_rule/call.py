@@ -72,6 +72,12 @@ class Call(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
+    def state_shape(self) -> tuple[Size, ...]:
+        """[N, H, K, V], or [N, H, V, K] with state_v_first."""
+        widths = (self.q.shape[3], self.v.shape[3])
+        return (self.sequences, self.v.shape[2], *(widths[::-1] if self.state_v_first else widths))
+
+    @property
     def reverse(self) -> bool:
         """Whether time runs backwards: it never does."""
         return False

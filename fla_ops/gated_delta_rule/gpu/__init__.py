@@ -1,0 +1,1 @@
+"""The Triton kernels of the gated delta rule, and their launchers."""
