@@ -307,6 +307,7 @@ UNTIMED = {
     "lightning_decay": "a few numbers per layer, computed once",
     "simple_gla_advance_": "the decode step without its outputs",
     "gsa_advance_": "the same for gsa",
+    "gsa_states": "chunk_gsa, with the states that it keeps for its gradient",
     "gsa_prefill_": "chunk_gsa, from rows of pools to the same rows",
     "simple_gla_prefill_": "the chunk forms' kernels, from rows of a pool to the same rows",
     "simple_gla_states": "the chunk forms' kernels, with some states more",

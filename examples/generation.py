@@ -28,6 +28,21 @@ def generate(model: LanguageModel, prompt: bytes, length: int, temperature: floa
 
 
 @torch.no_grad()
+def greedy(model: LanguageModel, prompt: bytes, length: int) -> tuple[bytes, list[float]]:
+    """The most probable bytes after a prompt, and by how much the logit of each exceeds the next best."""
+    device = next(model.parameters()).device
+    memory = model.new_memory(1)
+    logits = model(torch.tensor([list(prompt)], device=device), memory)[:, -1]
+    written, margins = bytearray(), []
+    for _ in range(length):
+        (best, other), (byte, _) = (x[0].tolist() for x in logits.topk(2))
+        written.append(byte)
+        margins.append(best - other)
+        logits = model.step(torch.tensor([byte], device=device), memory)
+    return bytes(written), margins
+
+
+@torch.no_grad()
 def decode_difference(model: LanguageModel, tokens: Tensor, prompt: int) -> float:
     """The largest difference between the logits of one prefill over tokens [B, T], and of steps after a `prompt`."""
     expected, memory = model(tokens), model.new_memory(len(tokens))

@@ -92,22 +92,29 @@ class Mixer(nn.Module):
         o, final_state = self.operator(q, k, v, g, initial_state=state, output_final_state=memory is not None)
         if memory is not None:
             memory.state.copy_(final_state)
-        return self._output(o, x)
+        return self.output(o, x)
 
     def step(self, x: Tensor, memory: LayerMemory) -> Tensor:
         """One step, x [B, 1, width] to [B, 1, width]; the operator updates memory.state in place."""
         q, k, v, g = (y.squeeze(1) for y in self._inputs(x, memory))
         o = fla_ops.simple_gla_step_(q, k, v, memory.state, g)
-        return self._output(o.unsqueeze(1), x)
+        return self.output(o.unsqueeze(1), x)
 
     def _inputs(self, x: Tensor, memory: LayerMemory | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q and k [B, T, H, K], v [B, T, H, V], and the log decay g [B, T, H] in float32."""
-        mixed = F.silu(self.convolve(self.project(x), memory))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in mixed.split(self.widths, -1))
-        g = F.logsigmoid(self.decay(x).float()) / self.normaliser
-        return q, k, v, g
+        return *self.by_head(F.silu(self.convolve(self.project(x), memory))), self.log_decay(x)
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+    def by_head(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k [..., H, K] and v [..., H, V] out of what the convolution leaves, [..., channels]."""
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in mixed.split(self.widths, -1))
+        return q, k, v
+
+    def log_decay(self, x: Tensor) -> Tensor:
+        """[..., H], in float32."""
+        return F.logsigmoid(self.decay(x).float()) / self.normaliser
+
+    def output(self, o: Tensor, x: Tensor) -> Tensor:
+        """o [..., H, V] and x [..., width] to [..., width]."""
         return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x)))
 
 

@@ -119,9 +119,9 @@ def _count_models(text: Text, weight: float = 8.0) -> dict[str, float]:
     """Counts of one byte, and of a byte after two, smoothed by `weight` imagined bytes from the shorter context."""
     bytes_, held_out = text.train.long(), torch.cat([torch.tensor([10, 10]), text.held_out.long()])
     before_last, last, byte = held_out[:-2], held_out[1:-1], held_out[2:]
-    one = _counts([bytes_])
-    two = _counts([bytes_[:-1], bytes_[1:]])
-    three = _counts([bytes_[:-2], bytes_[1:-1], bytes_[2:]])
+    one = counts([bytes_])
+    two = counts([bytes_[:-1], bytes_[1:]])
+    three = counts([bytes_[:-2], bytes_[1:-1], bytes_[2:]])
 
     unigram = (one + 1) / (one.sum() + 256)
     bigram = (two + weight * unigram) / (two.sum(-1, keepdim=True) + weight)
@@ -130,7 +130,7 @@ def _count_models(text: Text, weight: float = 8.0) -> dict[str, float]:
     return {"unigram counts": _bits(unigram[byte]), "trigram counts": _bits(trigram)}
 
 
-def _counts(columns: Sequence[Tensor]) -> Tensor:
+def counts(columns: Sequence[Tensor]) -> Tensor:
     """How often each tuple of bytes occurs: [256] * len(columns)."""
     index = torch.zeros_like(columns[0])
     for column in columns:

@@ -16,7 +16,7 @@ from fla_ops.gated_delta_rule.api import (
     gated_delta_rule,
     gated_delta_rule_step_,
 )
-from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_advance_, gsa_prefill_, gsa_step_
+from fla_ops.gsa.api import chunk_gsa, fused_recurrent_gsa, gsa, gsa_advance_, gsa_prefill_, gsa_states, gsa_step_
 from fla_ops.lightning_attn.api import (
     chunk_lightning_attn,
     fused_chunk_lightning_attn,
@@ -93,6 +93,7 @@ __all__ = [
     "gsa",
     "gsa_advance_",
     "gsa_prefill_",
+    "gsa_states",
     "gsa_step_",
     "inlining",
     "lightning_attn",

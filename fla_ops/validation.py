@@ -236,6 +236,13 @@ def chunk_size(size: int) -> None:
     torch._check_value(size in CHUNK_SIZES, lambda: f"chunk_size must be a power of two from 16 to 256, got {size}")
 
 
+def stretch(every: int, size: int) -> None:
+    """States are kept at the ends of chunks."""
+    torch._check_value(
+        every > 0 and every % size == 0, lambda: f"every must be a multiple of chunk_size = {size}, got {every}"
+    )
+
+
 def exclusive(**arguments: object) -> None:
     """At most one of the arguments may be given."""
     given = [name for name, value in arguments.items() if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fla_ops.gsa import checks
-from fla_ops.gsa.call import Call, Kept, Outputs, Prefill, Step
+from fla_ops.gsa.call import Call, Kept, Outputs, Prefill, Record, Recorded, Step
 from fla_ops.validation import Sizes, state_dtype
 
 
@@ -29,6 +29,14 @@ def recurrent_forward(c: Call) -> Outputs:
     sizes = checks.inputs(c)
     final = _states(c, sizes, c.output_final_state, "final_k", "final_v")
     return Outputs(c.v.new_empty(sizes.of(c.axes["o"])), *final)
+
+
+def record(c: Record) -> Recorded:
+    sizes, names = checks.record(c), ("states_k", "states_v", "final_k", "final_v")
+    if c.at is None:
+        sizes["C"] = c.rows
+    o = None if c.q is None else c.v.new_empty(sizes.of(c.axes["o"]))
+    return Recorded(o, *(c.v.new_empty(sizes.of(c.axes[name]), dtype=state_dtype(c.v)) for name in names))
 
 
 advance = checks.advance

@@ -29,7 +29,8 @@ def step(c: Step) -> Tensor:
 
 def record(c: Record) -> Recorded:
     sizes, dtype = checks.record(c), state_dtype(c.v)
-    sizes["C"] = c.rows
+    if c.at is None:
+        sizes["C"] = c.rows
     o = None if c.q is None else c.v.new_empty(sizes.of(c.axes["o"]))
     return Recorded(o, *(c.v.new_empty(sizes.of(c.axes[name]), dtype=dtype) for name in ("states", "final_state")))
 

@@ -53,6 +53,14 @@ def _advance_flops(c: Any) -> int:
     return int(sequences * time * heads * 3 * c.s[3] * (c.k[3] + value))
 
 
+def _record_flops(c: Any) -> int:
+    """Those of the chunk form, whose queries are the keys where there are none."""
+    batch, time, heads, key_width = c.k
+    query_heads = heads if c.q is None else c.q[2]
+    reading, writing, slots, widths = batch * time * query_heads, batch * time * heads, c.s[3], key_width + c.v[3]
+    return int(reading * (CHUNK * (widths + 4 * slots) + 2 * slots * widths) + writing * 2 * slots * widths)
+
+
 register(
     call.CHUNK_FORWARD,
     cpu="fla_ops.gsa.cpu.cpp:chunk_forward",
@@ -101,5 +109,13 @@ for signature, name, shapes, flops in (
     body = f"fla_ops.gsa.compose:{name}"
     traced = f"fla_ops.gsa.cpu.traced_pools:{name}"
     register(signature, cpu=body, cuda=body, fake=shapes, flops=flops, inline={"cpu": traced}, tags=())
+register(
+    call.RECORD,
+    cpu="fla_ops.gsa.stopping:record",
+    cuda="fla_ops.gsa.stopping:record",
+    fake=fake.record,
+    flops=_record_flops,
+    inline={"cpu": "fla_ops.gsa.cpu.traced:record"},
+)
 register_composite(call.CHUNK, "fla_ops.gsa.forms:chunk")
 register_composite(call.DISPATCHER, "fla_ops.gsa.forms:dispatch")

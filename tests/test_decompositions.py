@@ -68,8 +68,13 @@ PACKED = ("chunk_simple_gla", "parallel_simple_gla", "chunk_gsa", "fused_recurre
 POOLS = ("packed-with-empty-and-one-step", "packed-value-first", "value-first+slots")
 
 
+STATES = ("simple_gla_states", "gsa_states")
+
+
 def is_special(case: Case) -> bool:
-    """A pack, or a pool in the other layout."""
+    """A pack, a pool in the other layout, or states at given steps."""
+    if case.operator in STATES:
+        return case.id in ("packed-with-empty-and-one-step", "stops", "packed-stops")
     return case.id in POOLS if case.mutated else case.operator in PACKED and "packed" in case.id
 
 

@@ -198,6 +198,11 @@ def _gsa(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
         x = {name: value * taken for name, value in x.items()}
         return tuple(gsa.recurrent(x["k"], **x, initial_k=state_k, initial_v=state_v)[1:])
 
+    def on_the_way(initial_state: tuple[Tensor, Tensor], **x: Any) -> Any:
+        first = {name: value[:, :64] for name, value in x.items()}
+        (o, *final), (_, *kept) = recurrent(initial_state, **x), recurrent(initial_state, **first)
+        return (o, *kept, *final)
+
     activations = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V)}
     activations |= {"s": uniform(B, T, HK, M), "g": -uniform(B, T, HK, M)}
     states = normal(B, HK, K, M), normal(B, HK, M, V)
@@ -217,6 +222,7 @@ def _gsa(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
         ),
         Problem("gsa_advance_", drafted, advance, updated=("state_k", "state_v"), trained=False),
         Problem("gsa_prefill_", pooled, prefill, updated=("state_k", "state_v"), trained=False),
+        Problem("gsa_states", given, on_the_way, trained=False),
         Problem("gsa_step_", first, step, updated=("state_k", "state_v"), trained=False),
     ]
 

@@ -218,6 +218,45 @@ def gsa_advance_(
     torch.ops.fla.gsa_advance_(k, v, s, g, state_k, state_v, accepted, slots, state_v_first)
 
 
+@public
+def gsa_states(
+    k: Tensor, v: Tensor, s: Tensor, g: Tensor, initial_state: Pair | None = None, every: int = 64,
+    q: Tensor | None = None, scale: float | None = None, cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64, at: Tensor | None = None,
+) -> tuple[Tensor | None, Pair, Pair]:  # fmt: skip
+    """Both states of each sequence after every few steps, or after given numbers of them, for caches of prefixes; the
+    outputs too where q is given. It has no gradient.
+
+    After a multiple of chunk_size steps, the states are equal, bit for bit, to the final states of chunk_gsa over so
+    many; and a run that starts from there, with the same chunk_size, equals one that did not stop, bit for bit. After
+    another number of steps, both are equal up to rounding. Outputs are computed even where q is not given.
+
+    Args:
+        k, v, s, g, initial_state, scale, cu_seqlens, cu_seqlens_cpu: as `help(fla_ops.gsa)` says.
+        every: steps from one state that is kept to the next, counted from each sequence's start; a multiple of
+            chunk_size.
+        q: [B, T, HQ, K]; None means that no outputs are wanted.
+        chunk_size: as in chunk_gsa.
+        at: [N, A] int32 or int64, given instead of `every`: states a of sequence n are those after its first at[n, a]
+            steps, in any order, 0 for the initial ones. Where the sequence has not so many, and for -1, they are zeros.
+
+    Returns:
+        o [B, T, HQ, V] in v's dtype, or None without q.
+        states [C, H, K, M] and [C, H, M, V] in float32 (float64 for float64 inputs), C = B * (T // every). Those of one
+            sequence follow those of the one before; a sequence of L steps has L // every. Packed sequences may have
+            fewer in all than C: rows past the last are zeros. With `at` they are [N, A, H, K, M] and [N, A, H, M, V].
+        final_state [N, H, K, M] and [N, H, M, V], likewise.
+
+    Raises:
+        NotImplementedError: if a gradient is asked for.
+    """
+    o, states_k, states_v, final_k, final_v = torch.ops.fla.gsa_states(
+        k, v, s, g, *_states(initial_state), every, q, scale, cu_seqlens, cu_seqlens_cpu, steps_or_default(chunk_size),
+        at,
+    )  # fmt: skip
+    return o, (states_k, states_v), (final_k, final_v)
+
+
 @overload
 def gsa(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, scale: float | None = None,

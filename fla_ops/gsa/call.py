@@ -51,6 +51,24 @@ ADVANCE_AXES = {
     "slots": "N",
     "state_v": "P H M V",
 }
+RECORD_AXES = {
+    "k": "B T H K",
+    "v": "B T H V",
+    "s": "B T H M",
+    "g": "B T H M",
+    "q": "B T HQ K",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_cpu": "N+1",
+    "initial_k": "N H K M (initial_state[0])",
+    "initial_v": "N H M V (initial_state[1])",
+    "at": "N A",
+    "o": "B T HQ V",
+    "states_k": "C H K M",
+    "states_v": "C H M V",
+    "final_k": "N H K M",
+    "final_v": "N H M V",
+}
+STOPPED_AXES = RECORD_AXES | {"states_k": "N A H K M", "states_v": "N A H M V"}
 PREFILL_AXES = {
     "q": "B T HQ K",
     "v": "B T H V",
@@ -165,6 +183,40 @@ class Step(NamedTuple):
         return scale_or_default(self.scale, self.q)
 
 
+class Record(NamedTuple):
+    """Sequences whose states are wanted after every few steps, or after given numbers of them."""
+
+    k: Tensor
+    v: Tensor
+    s: Tensor
+    g: Tensor
+    initial_k: Tensor | None = None
+    initial_v: Tensor | None = None
+    every: int = 64
+    q: Tensor | None = None
+    scale: float | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_cpu: Tensor | None = None
+    chunk_size: int = 64
+    at: Tensor | None = None
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return RECORD_AXES if self.at is None else STOPPED_AXES
+
+    @property
+    def rows(self) -> Size:
+        """C, how many states there are; for packed sequences, how many there may be at most."""
+        return self.k.shape[0] * (self.k.shape[1] // self.every)
+
+    def call(self) -> Call:
+        """The form's call, which keeps the states before each chunk; without queries, keys stand for them."""
+        shared: dict[str, Any] = {name: getattr(self, name) for name in Call._fields if name in self._fields}
+        q = self.k if self.q is None else self.q
+        return Call(**shared | {"q": q}, output_final_state=True, checkpoint_level=0)
+
+
 class Advance(NamedTuple):
     """Some of the steps that were drafted for each sequence, taken into its rows of both pools."""
 
@@ -231,6 +283,16 @@ class Outputs(NamedTuple):
     final_v: Tensor | None
 
 
+class Recorded(NamedTuple):
+    """Outputs where there are queries, the states on the way, and those after the last step."""
+
+    o: Tensor | None
+    states_k: Tensor
+    states_v: Tensor
+    final_k: Tensor
+    final_v: Tensor
+
+
 class Kept(NamedTuple):
     """What the chunk form returns, and what it keeps for its gradient.
 
@@ -280,6 +342,7 @@ CHUNK_FORWARD = Signature("chunk_gsa_forward", Call, Kept, without=("reverse", "
 RECURRENT = Signature("fused_recurrent_gsa", Call, Outputs, without=("checkpoint_level", "chunk_size", "mode"))
 STEP = Signature("gsa_step_", Step, "Tensor")
 PREFILL = Signature("gsa_prefill_", Prefill, "Tensor")
+RECORD = Signature("gsa_states", Record, Recorded)
 ADVANCE = Signature("gsa_advance_", Advance, "()")
 DISPATCHER = Signature("gsa", Call, Outputs, last=("reverse", "mode"))
 

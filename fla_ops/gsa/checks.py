@@ -6,7 +6,7 @@ import torch
 
 from fla_ops import validation as valid
 
-from .call import Advance, Call, Prefill, Step
+from .call import Advance, Call, Prefill, Record, Step
 
 GROUPED = ("q", "HQ", "k, v, s and g", "H")  # each head of these serves HQ // H query heads
 
@@ -42,6 +42,18 @@ def prefill(c: Prefill) -> valid.Sizes:
     return sizes
 
 
+def record(c: Record) -> valid.Sizes:
+    """The arguments of a walk that keeps states; sizes may be symbolic."""
+    sizes = valid.axes(c, grouped=GROUPED)
+    valid.same_dtype(k=c.k, v=c.v, **({} if c.q is None else {"q": c.q}))
+    valid.floating(s=c.s, g=c.g, initial_k=c.initial_k, initial_v=c.initial_v)
+    valid.same_device(c)
+    valid.chunk_size(c.chunk_size)
+    valid.integral(at=c.at)
+    valid.stretch(c.every, c.chunk_size)
+    return sizes
+
+
 def advance(c: Advance) -> None:
     """The arguments of the steps that are taken; sizes may be symbolic."""
     valid.axes(c)
@@ -55,4 +67,5 @@ def advance(c: Advance) -> None:
 eager = valid.once(inputs)
 eager_step = valid.once(step, pools=("state_k", "state_v"))
 eager_prefill = valid.once(prefill, pools=("state_k", "state_v"))
+eager_record = valid.once(record)
 eager_advance = valid.once(advance, pools=("state_k", "state_v"))

@@ -210,12 +210,14 @@ def simple_gla_states(
     k: Tensor, v: Tensor, g: Tensor | None = None, g_gamma: Tensor | None = None, initial_state: Tensor | None = None,
     every: int = 64, q: Tensor | None = None, scale: float | None = None, state_v_first: bool = False,
     cu_seqlens: Tensor | None = None, cu_seqlens_cpu: Tensor | None = None, chunk_size: int | None = 64,
+    at: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """The states of each sequence after every few steps, for caches of prefixes; the outputs too where q is given. It
-    has no gradient.
+    """The states of each sequence after every few steps, or after given numbers of them, for caches of prefixes; the
+    outputs too where q is given. It has no gradient.
 
-    Equal, bit for bit, to the final states of chunk_simple_gla over so many steps. A run of it that starts from one of
-    them, with the same chunk_size, equals one that did not stop, bit for bit.
+    After a multiple of chunk_size steps, a state is equal, bit for bit, to the final state of chunk_simple_gla over so
+    many; and a run of it that starts from there, with the same chunk_size, equals one that did not stop, bit for bit.
+    After another number of steps, both are equal up to rounding.
 
     Args:
         k, v, g, g_gamma, initial_state, scale, state_v_first, cu_seqlens, cu_seqlens_cpu: as
@@ -224,12 +226,14 @@ def simple_gla_states(
             chunk_size.
         q: [B, T, HK, K]; None means that no outputs are wanted.
         chunk_size: as in chunk_simple_gla.
+        at: [N, A] int32 or int64, given instead of `every`: state a of sequence n is the one after its first at[n, a]
+            steps, in any order, 0 for the initial state. Where the sequence has not so many, and for -1, it is zeros.
 
     Returns:
         o [B, T, H, V] in v's dtype, or None without q.
         states [C, H, K, V] in float32 (float64 for float64 inputs), C = B * (T // every). The states of one sequence
             follow those of the one before; a sequence of L steps has L // every. Packed sequences may have fewer in all
-            than C: rows past the last are zeros.
+            than C: rows past the last are zeros. With `at` they are [N, A, H, K, V].
         final_state [N, H, K, V], likewise. With state_v_first=True both are [..., V, K].
 
     Raises:
@@ -237,7 +241,7 @@ def simple_gla_states(
     """
     o, states, final_state = torch.ops.fla.simple_gla_states(
         k, v, g, g_gamma, initial_state, every, q, scale, state_v_first, cu_seqlens, cu_seqlens_cpu,
-        steps_or_default(chunk_size),
+        steps_or_default(chunk_size), at,
     )  # fmt: skip
     return o, states, final_state
 

@@ -46,6 +46,7 @@ RECORD_AXES = {
     "initial_state": "N H K V",
     "g": "B T H",
     "g_gamma": "H",
+    "at": "N A",
     "o": "B T H V",
     "states": "C H K V",
     "final_state": "N H K V",
@@ -173,7 +174,7 @@ class Step(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Sequences whose states are wanted after every few steps."""
+    """Sequences whose states are wanted after every few steps, or after given numbers of them."""
 
     k: Tensor
     v: Tensor
@@ -187,11 +188,13 @@ class Record(NamedTuple):
     cu_seqlens: Tensor | None = None
     cu_seqlens_cpu: Tensor | None = None
     chunk_size: int = 64
+    at: Tensor | None = None
 
     @property
     def axes(self) -> Mapping[str, str]:
         """The axes of every tensor of this call."""
-        return RECORD_V_FIRST if self.state_v_first else RECORD_AXES
+        axes = RECORD_V_FIRST if self.state_v_first else RECORD_AXES
+        return axes if self.at is None else axes | {"states": f"N A {axes['states'].removeprefix('C ')}"}
 
     @property
     def rows(self) -> Size:
@@ -278,7 +281,7 @@ class Outputs(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """Outputs where there are queries, the states after every few steps, and after the last one."""
+    """Outputs where there are queries, the states on the way, and those after the last step."""
 
     o: Tensor | None
     states: Tensor

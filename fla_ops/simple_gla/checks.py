@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fla_ops import validation as valid
 
 from .call import Advance, Call, Prefill, Record, Step
@@ -41,10 +39,8 @@ def record(c: Record) -> valid.Sizes:
     valid.floating(g=c.g, g_gamma=c.g_gamma, initial_state=c.initial_state)
     valid.same_device(c)
     valid.chunk_size(c.chunk_size)
-    torch._check_value(
-        c.every > 0 and c.every % c.chunk_size == 0,
-        lambda: f"every must be a multiple of chunk_size = {c.chunk_size}, got {c.every}",
-    )
+    valid.integral(at=c.at)
+    valid.stretch(c.every, c.chunk_size)
     return sizes
 
 

@@ -262,3 +262,4 @@ for form in FORMS:
 register_steps()
 serving.register_prefill()
 serving.register_advance()
+serving.register_record(as_pair)

@@ -67,4 +67,25 @@ def of_advance() -> list[Refusal]:
     return [Refusal(*row) for row in rows]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_form(form)), *of_dispatcher(), *of_step(), *of_prefill(), *of_advance()]
+def of_record() -> list[Refusal]:
+    """What the states refuse."""
+    found = by_id("gsa_states")
+    batch, packed = found["ragged-tail"], found["packed-int32"].resized(offsets=(0, 1, 2, 3, 4, 37))
+    stretch = "every must be a multiple of chunk_size = 16, got {}"
+    rows: list[Row] = [
+        *((f"every-{n}", batch, {"every": n}, ValueError, stretch.format(n)) for n in (0, 8, 40)),
+        *of_packs(packed),
+        beside_a_batch(batch, "initial_k", "initial_v"),
+        *of_chunk_size(batch),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
+REFUSALS = [
+    *(r for form in FORMS for r in of_form(form)),
+    *of_dispatcher(),
+    *of_step(),
+    *of_prefill(),
+    *of_advance(),
+    *of_record(),
+]

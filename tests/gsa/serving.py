@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -23,6 +23,11 @@ DRAFTS = SIZES | {"N": 4, "T": 5}
 TINY_DRAFTS = TINY | {"N": 3, "T": 4}
 SLOTS = (6, 0, -1, 5, 3, 2, 4)  # of the first N sequences; the third is padding
 FRESH = (False, True, True, False, True, True, False)
+LONG = SIZES | {"B": 2, "T": 37, "C": 4, "A": 5}
+LONG_PACK = LONG | {"B": 1, "offsets": (0, 0, 1, 33, 33, 85), "C": 5}  # two states, then three
+TINY_LONG = TINY | {"B": 2, "T": 18, "C": 2, "A": 6}
+TINY_LONG_PACK = TINY_LONG | {"B": 1, "offsets": (0, 17, 17, 20), "C": 1, "A": 2}
+STOPS = (0, 3, 16, 37, -1, 32, 20, 1, 86, 52, 9, 48, 2)  # after so many steps, if the sequence has them
 COUNTS = (2, 0, 4, 3, 1, 2, 5)  # of the first N sequences, and never more than there are
 
 
@@ -207,3 +212,102 @@ def register_advance() -> None:
         add("value-first", (), TINY_DRAFTS, (COMBINATION,), state_v_first=True),
         add("value-first+slots", ("slots",), TINY_DRAFTS, (COMBINATION,), state_v_first=True),
     )
+
+
+def record_inputs(draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), **arguments: Any) -> Inputs:
+    """The arguments of a walk that keeps states."""
+    offsets = sizes.get("offsets") if "cu_seqlens" in given else None
+    sequences = len(offsets) - 1 if offsets else sizes["B"]
+    built = activations(draw, sizes, (1, offsets[-1]) if offsets else (sizes["B"], sizes["T"]))
+    states = pools_of(draw, sizes, sequences, None)
+    stops = [STOPS[i % len(STOPS)] for i in range(sequences * sizes["A"])]
+    optional = {
+        "q": lambda: built["q"],
+        "initial_k": lambda: states["state_k"],
+        "initial_v": lambda: states["state_v"],
+        "cu_seqlens": lambda: draw.integers(offsets),
+        "cu_seqlens_cpu": lambda: draw.integers(offsets).cpu(),
+        "at": lambda: draw.integers(stops).view(sequences, sizes["A"]),
+    }
+    kept = {name: x for name, x in built.items() if name != "q"}
+    return changed(kept | {name: optional[name]() for name in optional if name in given}, arguments)
+
+
+def reference_record(
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor,
+    initial_k: Tensor | None = None,
+    initial_v: Tensor | None = None,
+    every: int = 64,
+    q: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    at: Tensor | None = None,
+    **_: Any,  # cu_seqlens_cpu and chunk_size do not change the result
+) -> tuple[Tensor | None, ...]:
+    """The recurrence of each sequence from its start to each stop."""
+    x, states = (k if q is None else q, k, v, s, g), (initial_k, initial_v)
+    places: list[Any] = [(slice(n, n + 1), slice(None)) for n in range(len(k))]
+    if cu_seqlens is not None:
+        places = [(slice(None), slice(a, b)) for a, b in pairwise(cu_seqlens.tolist())]
+    kept = []
+    for n, place in enumerate(places):
+        part = [y[place] for y in x]
+        length = part[0].shape[1]
+        stops = range(every, length + 1, every) if at is None else at[n].tolist()
+        initial = [None if y is None else y[n : n + 1] for y in states]
+        for stop in stops:
+            _, *found = reference.recurrent(*(y[:, :stop] for y in part), scale, *initial)
+            kept.append(found if 0 <= stop <= length else [torch.zeros_like(y) for y in found])
+    o, *final = reference.recurrent(*x, scale, *states, False, cu_seqlens)
+    rows = k.shape[0] * (k.shape[1] // every) if at is None else at.numel()
+    found = [y.new_zeros(rows, *y.shape[1:]) for y in final]
+    for row, pair in enumerate(kept):
+        for y, state in zip(found, pair, strict=True):
+            y[row] = state[0]
+    if at is not None:
+        found = [y.unflatten(0, at.shape) for y in found]
+    return None if q is None else o, *found, *final
+
+
+def register_record(as_pair: Callable[[Inputs], Inputs]) -> None:
+    """Lengths, stops, with and without outputs."""
+
+    def add(
+        reason: str, given: tuple[str, ...], sizes: Mapping[str, Any], tags: tuple[str, ...] = (), **arguments: Any
+    ) -> Case:
+        return Case(
+            id=reason,
+            operator="gsa_states",
+            build=partial(record_inputs, given=given, **{"chunk_size": 16, "every": 16} | arguments),
+            sizes=sizes,
+            reference=reference_record,
+            outputs=("o", "states_k", "states_v", "final_k", "final_v"),
+            tags=frozenset(tags),
+            public=as_pair,
+        )
+
+    states = ("initial_k", "initial_v")
+    full = ("q", *states)
+    tensors = ("q", "k", "v", "s", "g", *states)
+    register(
+        add("ragged-tail", full, LONG, (EXPORT, INDUCTOR, SMALL), scale=0.3),
+        add("several-chunks-each", full, LONG | {"T": 70}, every=32),
+        add("no-outputs", states, LONG),
+        add("no-steps", full, LONG | {"T": 0, "C": 0}),
+        add("fewer-steps-than-one-state", full, LONG | {"T": 15, "C": 0}),
+        add("packed-with-empty-and-one-step", (*full, "cu_seqlens"), LONG_PACK, (INDUCTOR, SMALL)),
+        add("packed-int32", ("q", "cu_seqlens", "cu_seqlens_cpu"), LONG_PACK, cu_seqlens=Tensor.int),
+        add("not-contiguous", full, LONG, **dict.fromkeys(tensors, strided)),
+        add("stops", (*full, "at"), LONG, (INDUCTOR,)),
+        add("packed-stops", (*full, "cu_seqlens", "at"), LONG_PACK, (INDUCTOR,), at=Tensor.int),
+        add("stops-of-no-steps", (*full, "at"), LONG | {"T": 0, "C": 0}),
+        add("chunks-of-64-in-halves", (*full, "at"), LONG | {"T": 130}, chunk_size=64, every=64),
+    )
+    optional = ("q", *states, "cu_seqlens", "cu_seqlens_cpu", "at")
+    needs = {"cu_seqlens_cpu": "cu_seqlens", "initial_k": "initial_v", "initial_v": "initial_k"}
+    for given in subsets_of(optional, needs=needs):
+        sizes = TINY_LONG_PACK if "cu_seqlens" in given else TINY_LONG
+        register(add("+".join(given) or "bare", given, sizes, (COMBINATION,)))

@@ -81,3 +81,30 @@ def test_advancing_is_as_many_decode_steps(value_first: bool) -> None:
         fla_ops.gsa_step_(**now, **stepped, slots=live, state_v_first=value_first)
     for name, pool in updated.items():
         assert torch.equal(pool, stepped[name])
+
+
+def test_states_are_where_a_run_may_resume() -> None:
+    """Bit for bit after whole chunks, in every sequence of a pack, in any order; o is that of the chunk form."""
+    offsets, at = torch.tensor((0, 70, 70, 200)), torch.tensor([[64, 0, -1], [1, 0, 0], [128, 65, 64]])
+    x = sequences(1, 200)
+    initial = draw(3, H, K, M), draw(3, H, M, V)
+    given = {"initial_state": initial, "cu_seqlens": offsets}
+    o, states, final = fla_ops.gsa_states(**x, **given, at=at)
+    expected, last = fla_ops.chunk_gsa(**x, **given, output_final_state=True)
+    assert o is not None
+    assert torch.equal(o, expected)
+    every = fla_ops.gsa_states(**{name: y for name, y in x.items() if name != "q"}, **given)
+    assert every[0] is None
+    for stopped, kept, first, end, whole in zip(states, every[1], initial, final, last, strict=True):
+        assert torch.equal(end, whole)
+        assert torch.equal(stopped[:2, 1], first[:2])
+        assert torch.equal(torch.stack([stopped[0, 0], stopped[2, 2], stopped[2, 0]]), kept)
+        assert not stopped[0, 2].any()
+        assert not stopped[1, 0].any()
+    start = (states[0][2, :1], states[1][2, :1])
+    resumed, after = fla_ops.chunk_gsa(
+        **{name: y[:, 198:] for name, y in x.items()}, initial_state=start, output_final_state=True
+    )
+    assert torch.equal(resumed, o[:, 198:])
+    for y, z in zip(after, final, strict=True):
+        assert torch.equal(y[0], z[2])

@@ -228,9 +228,10 @@ def register_advance() -> None:
         register(advance_case("+".join(given) or "bare", given, TINY_DRAFTS, (COMBINATION,), **flags))
 
 
-LONG = {"B": 2, "T": 37, "C": 4, "HK": 3, "H": 6, "K": 10, "V": 7}
+LONG = {"B": 2, "T": 37, "C": 4, "A": 5, "HK": 3, "H": 6, "K": 10, "V": 7}
 LONG_PACK = LONG | {"B": 1, "offsets": (0, 0, 1, 33, 33, 85), "C": 5}  # two states, then three
-RECORDED = ("q", "initial_state", "cu_seqlens", "cu_seqlens_cpu")
+RECORDED = ("q", "initial_state", "cu_seqlens", "cu_seqlens_cpu", "at")
+STOPS = (0, 3, 16, 37, -1, 32, 20, 1, 86, 52, 9, 48, 2)  # after so many steps, if the sequence has them
 
 
 def record_inputs(draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), **arguments: Any) -> Inputs:
@@ -240,6 +241,9 @@ def record_inputs(draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] =
         del built["q"]
     if "initial_state" in given:
         built["initial_state"] = pool_of(draw, sizes, sequences, None, arguments.get("state_v_first", False))
+    if "at" in given:
+        count = sizes["A"]
+        built["at"] = draw.integers([STOPS[i % len(STOPS)] for i in range(sequences * count)]).view(sequences, count)
     return changed(built, arguments)
 
 
@@ -254,10 +258,24 @@ def reference_record(
     scale: float | None = None,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    at: Tensor | None = None,
     **_: Any,  # cu_seqlens_cpu and chunk_size do not change the result
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The recurrence of each sequence, stopped after every few steps and resumed."""
+    """The recurrence of each sequence, stopped after every few steps and resumed; or stopped where `at` says."""
     batch, time = k.shape[:2]
+    if at is not None:
+        o, _, final = reference_record(
+            k, v, g, g_gamma, initial_state, 64, q, scale, state_v_first=state_v_first, cu_seqlens=cu_seqlens
+        )
+        states = final.new_zeros(*at.shape, *final.shape[1:])
+        for n, _, steps in sequences_of(k, None, cu_seqlens):
+            part = [None if x is None else x[steps] for x in (k, k, v, g)]
+            state = None if initial_state is None else initial_state[n : n + 1]
+            for a, count in enumerate(at[n].tolist()):
+                if 0 <= count <= part[1].shape[1]:
+                    cut = [None if x is None else x[:, :count] for x in part]
+                    states[n, a] = reference.recurrent(*cut, g_gamma, None, state, state_v_first=state_v_first)[1][0]
+        return o, states, final
     o, finals, kept = torch.zeros_like(v), [], []
     for n, _, steps in sequences_of(k, None, cu_seqlens):
         part = [None if x is None else x[steps] for x in (k if q is None else q, k, v, g)]
@@ -308,9 +326,14 @@ def register_record() -> None:
         record_case("value-first", full, LONG, state_v_first=True),
         record_case("not-contiguous", full, LONG, **strided_inputs),
         record_case("widths-past-a-tile", full, wide, (SMALL,)),
+        record_case("stops", (*full, "at"), LONG, (INDUCTOR, SMALL)),
+        record_case("packed-stops", (*full, "cu_seqlens", "at"), LONG_PACK, (INDUCTOR, SMALL), at=Tensor.int),
+        record_case("stops-constant-decay-value-first", ("g_gamma", "at"), LONG, state_v_first=True),
+        record_case("stops-of-no-steps", (*full, "at"), LONG | {"T": 0, "C": 0}),
+        record_case("no-stops", (*full, "at"), LONG | {"A": 0}),
         record_case("default-stretch", ("g",), LONG | {"T": 130}, chunk_size=64, every=64),
     )
-    tiny = {"B": 2, "T": 18, "C": 2, "HK": 3, "H": 6, "K": 9, "V": 5}
+    tiny = {"B": 2, "T": 18, "C": 2, "A": 4, "HK": 3, "H": 6, "K": 9, "V": 5}
     optional = ("g", "g_gamma", *RECORDED)
     legal = subsets_of(optional, exclusive=[("g", "g_gamma")], needs={"cu_seqlens_cpu": "cu_seqlens"})
     for i, given in enumerate(legal):

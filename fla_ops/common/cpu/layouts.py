@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 
 from fla_ops.validation import Size, cu_seqlens_values_async
 
+from .sequences import for_rows
+
 BLOCK = 16  # rows whose matrix of decays is formed at once
 FORGET = -1000.0  # exp of it is zero in any dtype, and it hides no digits that matter in a sum of log decays
 
@@ -122,6 +124,10 @@ class Dense:
         after = torch.arange(self.time // steps, device=states.device) * (steps // self.size) + steps // self.size
         return torch.cat([states, final.unsqueeze(-3)], -3).index_select(-3, after).movedim(-3, 1).flatten(0, 1)
 
+    def after(self, chunks: Tensor, owner: Tensor, states: Tensor, final: Tensor) -> Tensor:
+        """S of sequence owner[r] after its first chunks[r], [R, ..., K, V], from what scan returned."""
+        return torch.cat([states, final.unsqueeze(-3)], -3).movedim(-3, 1)[owner, chunks]
+
 
 class Packed:
     """Sequences laid end to end. The number of rows is a bound that holds whatever the offsets are; rows past the last
@@ -176,7 +182,7 @@ class Packed:
         states = recur_apart(logs, added.flatten(-2), begins, backwards).unflatten(-1, updates.shape[-2:])
         states_at, updates_at = (x[0][..., ends, :, :] for x in (states, updates))
         final = _advance(states_at, log_total[0][..., ends], updates_at).movedim(-3, 0)
-        return states, torch.where(self.empty.reshape(-1, *[1] * (final.dim() - 1)), initial, final)
+        return states, torch.where(for_rows(self.empty, final), initial, final)
 
     def every(self, steps: int, states: Tensor, final: Tensor) -> Tensor:
         """As Dense.every. The number of rows is a bound; those past the last are zeros."""
@@ -186,11 +192,13 @@ class Packed:
         owner = owners(ends, self.time // steps)
         used = owner < ends.shape[0]
         owner = owner.clamp(max=ends.shape[0] - 1)
-        chunk = (row - (ends - count)[owner] + 1) * (steps // self.size)
-        at = (self.first_row[owner] + chunk).clamp(0, self.rows - 1)
-        before = states[0].movedim(-3, 0)[at]
-        inside, used = (x.reshape(-1, *[1] * (before.dim() - 1)) for x in (chunk < self.chunks[owner], used))
-        return torch.where(used, torch.where(inside, before, final[owner]), 0)
+        found = self.after((row - (ends - count)[owner] + 1) * (steps // self.size), owner, states, final)
+        return torch.where(for_rows(used, found), found, 0)
+
+    def after(self, chunks: Tensor, owner: Tensor, states: Tensor, final: Tensor) -> Tensor:
+        """As Dense.after."""
+        before = states[0].movedim(-3, 0)[(self.first_row[owner] + chunks).clamp(0, self.rows - 1)]
+        return torch.where(for_rows(chunks < self.chunks[owner], before), before, final[owner])
 
 
 def owners(ends: Tensor, count: Size) -> Tensor:

@@ -24,7 +24,9 @@ from torch.nn.functional import pad
 from fla_ops.common.cpu.layouts import Dense, Packed, layout_of, running, weights, whole
 from fla_ops.validation import state_dtype
 
-from ..call import Call, Gradients, Kept, Need, Outputs
+from .. import checks
+from ..call import Call, Gradients, Kept, Need, Outputs, Record, Recorded
+from ..stopping import moved_on, stops_in
 
 CHUNK = 16
 NEVER = float("-inf")
@@ -84,16 +86,32 @@ def forward(c: Call) -> Outputs:
     """Both forms: o in v's dtype, and the final states."""
     x = _chunks(c)
     states = _states(x, c.initial_k, c.initial_v)
-    p = _read(x, states).p
-    across = (p * x.from_start.unsqueeze(-2)) @ states.v.mT.unsqueeze(-3)
-    o = _causal(p @ x.written.mT) @ x.v.unsqueeze(-3) + across
+    o = _outputs(c, x, states)
     final = (states.final_k, states.final_v.mT) if c.output_final_state else (None, None)
-    return Outputs(_join(x, o, c.v.dtype), *(None if y is None else y.contiguous() for y in final))
+    return Outputs(o, *(None if y is None else y.contiguous() for y in final))
 
 
 def chunk_forward(c: Call) -> Kept:
     """The chunk form. It keeps nothing: what partitions a graph with its gradient decides what is kept."""
     return Kept(*forward(c), None, None, None, None)
+
+
+def record(c: Record) -> Recorded:
+    """o where there are queries, the states after every few steps or where `at` says, and the final ones."""
+    checks.record(c)
+    one = c.call()
+    x = _chunks(one)
+    states = _states(x, one.initial_k, one.initial_v)
+    o = None if c.q is None else _outputs(one, x, states)
+    pairs = ((states.k, states.final_k), (states.v, states.final_v))
+    if c.at is None:
+        kept = [x.layout.every(c.every, *pair) for pair in pairs]
+    else:
+        stops = stops_in(c, CHUNK)
+        after_k, after_v = (x.layout.after(stops.chunks.flatten(), stops.owner, *pair) for pair in pairs)
+        kept_k, kept_v = moved_on(c, stops, (after_k, after_v.mT), lambda rest: forward(rest)[1:])
+        kept = [kept_k, kept_v.mT]
+    return Recorded(o, *(y.contiguous() for y in (kept[0], kept[1].mT, states.final_k, states.final_v.mT)))
 
 
 def chunk_backward(c: Call, d: Outputs, need: Need, saved: Kept) -> Gradients:
@@ -162,6 +180,13 @@ def _read(x: Chunks, states: States) -> Reading:
     scores = _causal(x.q @ x.k.mT.unsqueeze(-3))
     before = (x.q @ states.k.unsqueeze(-3)) * x.from_start.unsqueeze(-2)
     return Reading(scores, (scores @ x.written + before).softmax(-1), before)
+
+
+def _outputs(c: Call, x: Chunks, states: States) -> Tensor:
+    """o as it is returned."""
+    p = _read(x, states).p
+    across = (p * x.from_start.unsqueeze(-2)) @ states.v.mT.unsqueeze(-3)
+    return _join(x, _causal(p @ x.written.mT) @ x.v.unsqueeze(-3) + across, c.v.dtype)
 
 
 def _causal(scores: Tensor) -> Tensor:

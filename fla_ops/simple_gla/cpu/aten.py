@@ -27,6 +27,7 @@ from fla_ops.validation import cu_seqlens_values_async, state_dtype, step_counts
 
 from .. import checks
 from ..call import Advance, Call, Gradients, Need, Outputs, Prefill, Record, Recorded, Step, Weighted, WeightsNeed
+from ..stopping import stopped
 
 CHUNK = 64  # steps in a chunk, at most: longer ones only cost more products
 
@@ -91,8 +92,10 @@ def step(c: Step) -> Tensor:
 
 
 def record(c: Record) -> Recorded:
-    """o where there are queries, the states after every few steps, and the final ones."""
+    """o where there are queries, the states on the way, and the final ones."""
     checks.record(c)
+    if c.at is not None:
+        return stopped(c, record)
 
     def body(one: Call) -> Recorded:
         x = _cut(one, min(c.chunk_size, CHUNK))

@@ -16,6 +16,7 @@ from fla_ops.common.cpu import build
 
 from .. import checks
 from ..call import Call, Gradients, Need, Outputs, Prefill, Record, Recorded
+from ..stopping import stopped
 from . import aten
 
 SOURCE = "simple_gla/cpu/chunk.cpp"
@@ -84,11 +85,13 @@ def prefill(c: Prefill) -> Tensor:
 
 
 def record(c: Record) -> Recorded:
-    """The same with the states after every few steps, without outputs where there are no queries."""
+    """The same with states on the way, without outputs where there are no queries."""
     checks.eager_record(c)
     library = build.library(SOURCE, c.v)
     if library is None:
         return aten.record(c)
+    if c.at is not None:
+        return stopped(c, record)
     call, o = c.call(), None
     if c.q is not None:
         o = torch.empty_like(c.v, memory_format=torch.contiguous_format)

@@ -21,6 +21,7 @@ from fla_ops.common.gpu.tiles import dot, dot_state, load_rows, nearest, split_p
 
 from .. import checks
 from ..call import Call, Outputs, Prefill, Record, Recorded
+from ..stopping import stopped
 from .chunk_backward import backward
 from .chunk_states import Ends, chunk_states, ends_of
 from .pools import instead, slot_of
@@ -86,8 +87,10 @@ def prefill(c: Prefill):
 
 
 def record(c: Record):
-    """o where there are queries, and in float32 the states after every few steps and the final ones."""
+    """o where there are queries, and in float32 the states on the way and the final ones."""
     checks.eager_record(c)
+    if c.at is not None:
+        return stopped(c, record)
     refuse_float64(c.k)
     call = contiguous(c.call())
     final = final_state(call)
