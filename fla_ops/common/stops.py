@@ -44,9 +44,16 @@ def stops_of(at: Tensor, cu_seqlens: Tensor | None, batch: Size, time: Size, siz
 def spans_of(cu_seqlens: Tensor | None, batch: Size, time: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each sequence begins, counted over all of them, and its length; both [N]."""
     if cu_seqlens is not None:
-        return cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        offsets = inside(cu_seqlens.long(), time) if cu_seqlens.is_cuda else cu_seqlens.long()
+        return offsets[:-1], offsets.diff()
     first = torch.arange(batch, device=device) * time
     return first, torch.full_like(first, time)
+
+
+def inside(offsets: Tensor, time: Size) -> Tensor:
+    """Offsets as kernels take them, whose values nothing reads: their running maximum, from 0 to T."""
+    between = offsets[1:-1].clamp(0, time)
+    return torch.cat([offsets.new_zeros(1), between, offsets.new_full((1,), time)]).cummax(0).values
 
 
 def is_empty(x: Tensor) -> bool:

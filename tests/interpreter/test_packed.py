@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
+from fla_ops.common import stops
 from fla_ops.common.gpu import chunk_index, offsets
 from tests.contract.helpers import DEVICES, INTERPRETED
 
@@ -39,7 +40,9 @@ def test_right_offsets_stay(right: list[int], dtype: torch.dtype) -> None:
     ],
 )
 def test_wrong_offsets_stay_inside(wrong: list[int], time: int, counted: list[int]) -> None:
-    assert offsets.followed(torch.tensor(wrong, device=DEVICE), time).tolist() == counted
+    given = torch.tensor(wrong, device=DEVICE)
+    assert offsets.followed(given, time).tolist() == counted
+    assert stops.inside(given, time).tolist() == counted
 
 
 @pytest.mark.parametrize("size", [16, 64])

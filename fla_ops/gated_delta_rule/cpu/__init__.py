@@ -1,1 +1,1 @@
-"""The CPU implementations of the gated delta rule; its ATen file serves a GPU too."""
+"""The CPU implementations of the gated delta rule; a GPU's inlined code holds its ATen file too."""

@@ -1,4 +1,4 @@
-"""The gated delta rule as ATen calls: for float64, for machines without a C++ compiler, for GPUs, and for `inlining()`.
+"""The gated delta rule as ATen calls: for float64, for machines without a C++ compiler, and for `inlining()`.
 
 With C steps in a chunk, P the running sum of g in it, S the state that enters it, and q already scaled:
 
