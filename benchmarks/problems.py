@@ -311,6 +311,7 @@ UNTIMED = {
     "gsa_prefill_": "chunk_gsa, from rows of pools to the same rows",
     "simple_gla_prefill_": "the chunk forms' kernels, from rows of a pool to the same rows",
     "simple_gla_states": "the chunk forms' kernels, with some states more",
+    "attn_prefill": "parallel_attn's kernels, for the last of its rows",
 }
 
 

@@ -8,7 +8,7 @@ from torch._ops import OpOverload
 
 from fla_ops import distributed as distributed  # runs every operator on DTensors
 from fla_ops import registrations as registrations  # registers every operator
-from fla_ops.attn.api import attn, attn_decoding_one_step, parallel_attn
+from fla_ops.attn.api import attn, attn_decoding_one_step, attn_prefill, parallel_attn
 from fla_ops.causal_conv.api import causal_conv, causal_conv_step_
 from fla_ops.gated_delta_rule.api import (
     chunk_gated_delta_rule,
@@ -71,6 +71,7 @@ __all__ = [
     "__version__",
     "attn",
     "attn_decoding_one_step",
+    "attn_prefill",
     "causal_conv",
     "causal_conv_step_",
     "chunk_gated_delta_rule",

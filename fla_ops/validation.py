@@ -40,7 +40,8 @@ def letters_of(axes: str) -> list[str]:
 def pattern_of(axes: str) -> str:
     """Axis letters as a message shows them, "[N, H, V, K] (state_v_first=True)"."""
     _, note, text = axes.partition(" (")
-    return f"[{', '.join(letters_of(axes))}]{note}{text}"
+    letters = (letter.replace("+", " + ") for letter in letters_of(axes))
+    return f"[{', '.join(letters)}]{note}{text}"
 
 
 def axes(c: Any, grouped: tuple[str, str, str, str] | None = None) -> Sizes:
@@ -56,6 +57,7 @@ def axes(c: Any, grouped: tuple[str, str, str, str] | None = None) -> Sizes:
         x = getattr(c, name, None)
         if name == "cu_seqlens":
             sizes["N"] = packing(c, sizes.get("B", 1))
+            sizes["N+1"] = sizes["N"] + 1
         elif x is not None and name != "cu_seqlens_cpu":
             known = heads in sizes and base in sizes
             bind(name, x, letters, sizes)
@@ -273,24 +275,24 @@ def cu_seqlens(offsets: Tensor, batch: Size, on_host: Tensor | None = None) -> N
         )
 
 
-def cu_seqlens_values(offsets: Tensor, time: int) -> list[int]:
+def cu_seqlens_values(offsets: Tensor, time: int, name: str = "cu_seqlens", letter: str = "T") -> list[int]:
     """The offsets as integers, checked in full. For host tensors: on a device this would be a synchronisation."""
     values: list[int] = offsets.tolist()
     if values[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
     if values[-1] != time:
-        raise ValueError(f"cu_seqlens must end at T = {time}, got {values[-1]}")
+        raise ValueError(f"{name} must end at {letter} = {time}, got {values[-1]}")
     for n, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
-            raise ValueError(f"cu_seqlens must never fall, got {start} then {end} at position {n}")
+            raise ValueError(f"{name} must never fall, got {start} then {end} at position {n}")
     return values
 
 
-def cu_seqlens_values_async(offsets: Tensor, time: Size) -> None:
+def cu_seqlens_values_async(offsets: Tensor, time: Size, name: str = "cu_seqlens", letter: str = "T") -> None:
     """The same checks without reading the values: a violation raises when the device reports it."""
-    torch._assert_async(offsets[0] == 0, "cu_seqlens must start at 0")
-    torch._assert_async(offsets[-1] == time, "cu_seqlens must end at T")
-    torch._assert_async((offsets[1:] >= offsets[:-1]).all(), "cu_seqlens must never fall")
+    torch._assert_async(offsets[0] == 0, f"{name} must start at 0")
+    torch._assert_async(offsets[-1] == time, f"{name} must end at {letter}")
+    torch._assert_async((offsets[1:] >= offsets[:-1]).all(), f"{name} must never fall")
 
 
 def slot_values(slots: Tensor, pool: int) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fla_ops
+from fla_ops.attn import reference as softmax
 from fla_ops.causal_conv import reference as causal_conv
 from fla_ops.simple_gla import reference
 from tests.numerics import close
@@ -29,7 +30,7 @@ def run(program: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_serving() -> None:
-    prefill, pool, convolution, packed, prefixes, drafted, attention = blocks("serving.md")
+    prefill, pool, convolution, packed, prefixes, drafted, attention, chunk, apart = blocks("serving.md")
     names: dict[str, Any] = {}
 
     run(prefill, names)
@@ -73,6 +74,14 @@ def test_serving() -> None:
 
     run(attention, names)
     assert names["o"].shape == (1, 3, 8, 16)
+
+    run(chunk, names)
+    o, lse = softmax.parallel(*(names[name] for name in "qkv"))
+    close(names["o"], o[:, 32:])
+    close(names["lse"], lse[:, 32:])
+    run(apart, names)
+    close(names["joined"], o[:, 32:])
+    close(names["total"], lse[:, 32:])
 
 
 def test_migrating() -> None:

@@ -57,6 +57,49 @@ def parallel_attn(
 
 
 @public
+def attn_prefill(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
+    window_size: int | None = None, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+    sink_bias: Tensor | None = None, softcap: float | None = None, gap: int | None = None, decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The newest T rows of parallel_attn against all TK keys, for prefill in chunks; or rows against older keys alone.
+
+    Without `gap` the queries are of the keys' last steps: query T - 1 sits at key TK - 1, and each sees the keys up to
+    its own. With `gap` they come after all keys. Attention to keys that are held apart joins by the logarithms:
+    `o = exp(lse_1 - lse) o_1 + exp(lse_2 - lse) o_2` with `lse = log(exp lse_1 + exp lse_2)`.
+
+    Args:
+        q: queries [B, T, HQ, K], of one floating dtype with k and v.
+        k, v: keys [B, TK, H, K] and values [B, TK, H, V], the queries' own steps included unless there is a gap. HQ is
+            a multiple of H: each key/value head serves HQ // H query heads, which lie side by side.
+        g: [B, TK, HQ], the natural logarithm of the decay on entering each step of the keys, usually <= 0; any floating
+            dtype. At or below -5000 (-inf included) a step forgets all that was before it. None means no decay.
+        scale: factor on q . k; None means K ** -0.5.
+        window_size: how many keys a row sees, its own included and those of the gap too; with 0 it sees none. None
+            means all up to its own.
+        cu_seqlens, cu_seqlens_k: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1, in q and in k,
+            v and g; they start at 0, end at T and TK, and never fall; a sequence may be empty in either. None means a
+            batch of B sequences.
+        sink_bias: [HQ], the logarithm of one more term in the denominator; any floating dtype. None means there is
+            none.
+        softcap: a cap on the scores: softcap * tanh(scale q.k / softcap) takes the place of scale q.k. None means none.
+        gap: how many steps lie between the last key of a sequence and its first query. None means that the queries are
+            of the keys' last steps.
+        decay: [B, T, HQ], with `gap`: the natural logarithm of the decay from the last key of its sequence to each
+            query; any floating dtype. None means that none is added to that of g.
+
+    Returns:
+        o [B, T, HQ, V] in q's dtype, and lse [B, T, HQ] in float32 (float64 for float64 inputs), the logarithm of each
+        row's denominator. A row that sees no key gives zeros, and the sink or -inf. Gradients of both flow to q, k, v,
+        g, sink_bias and decay.
+    """
+    o, lse = torch.ops.fla.attn_prefill(
+        q, k, v, g, scale, window_size, cu_seqlens, cu_seqlens_k, sink_bias, softcap, gap, decay
+    )
+    return o, lse
+
+
+@public
 def attn_decoding_one_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None,
     cu_seqlens: Tensor | None = None, do_gate_scale: bool = False, *, sink_bias: Tensor | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from fla_ops.signature import Gradient, Signature, Size, scale_or_default
 
 FORGETS = -5000.0  # a log decay at or below this forgets everything: no score makes up for it
 RESIDUAL_SCALE = 2048.0  # the rounding residual is kept times this, so that float16 can hold it
+
+# Where the queries' steps lie: they are the keys' own, they are the last of them, or they come after all of them.
+SAME, LAST, AFTER = "same", "last", "after"
 
 # The axes of every tensor. A size is bound by the first tensor that has its letter; the others must agree.
 AXES = {
@@ -21,6 +24,19 @@ AXES = {
     "sink_bias": "HQ",
     "cu_seqlens": "N+1",
     "chunk_indices": "chunks 2",
+    "o": "B T HQ V",
+    "lse": "B T HQ",
+    "rest": "B T HQ V",
+}
+PREFILL_AXES = {
+    "q": "B T HQ K",
+    "k": "B TK H K",
+    "v": "B TK H V",
+    "g": "B TK HQ",
+    "decay": "B T HQ",
+    "sink_bias": "HQ",
+    "cu_seqlens": "N+1",
+    "cu_seqlens_k": "N+1",
     "o": "B T HQ V",
     "lse": "B T HQ",
     "rest": "B T HQ V",
@@ -67,6 +83,82 @@ class Call(NamedTuple):
         """N, the sequences of the batch or of the pack."""
         return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
+    @property
+    def place(self) -> str:
+        """Where the queries' steps lie among the keys'."""
+        return SAME
+
+    @property
+    def key_offsets(self) -> Tensor | None:
+        """Offsets of the sequences in k, v and g."""
+        return self.cu_seqlens
+
+    def ahead(self, queries: Any, keys: Any) -> Any:
+        """How many steps after the first key of a sequence its first query lies."""
+        return 0
+
+    @property
+    def softcap(self) -> float | None:
+        """None: only the rectangular form caps scores."""
+        return None
+
+    @property
+    def gap(self) -> Size | None:
+        """None: every step has a query and a key."""
+        return None
+
+    @property
+    def decay(self) -> Tensor | None:
+        """None: all decay is that of g."""
+        return None
+
+
+class Prefill(NamedTuple):
+    """One call of the rectangular form: queries at the last steps of their keys, or after all of them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    scale: float | None = None
+    window_size: Size | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    sink_bias: Tensor | None = None
+    softcap: float | None = None
+    gap: Size | None = None
+    decay: Tensor | None = None
+    output_rest: bool = False
+
+    @property
+    def axes(self) -> Mapping[str, str]:
+        """The axes of every tensor of this call."""
+        return PREFILL_AXES
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return scale_or_default(self.scale, self.q)
+
+    @property
+    def sequences(self) -> Size:
+        """N, the sequences of the batch or of the pack."""
+        return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+
+    @property
+    def place(self) -> str:
+        """Where the queries' steps lie among the keys'."""
+        return LAST if self.gap is None else AFTER
+
+    @property
+    def key_offsets(self) -> Tensor | None:
+        """Offsets of the sequences in k, v and g."""
+        return self.cu_seqlens_k
+
+    def ahead(self, queries: Any, keys: Any) -> Any:
+        """How many steps after the first key of a sequence its first query lies, from its numbers of both."""
+        return keys - queries if self.gap is None else keys + self.gap
+
 
 class Decoding(NamedTuple):
     """One decode step: a query for each of the caches that are packed into k, v and g."""
@@ -110,6 +202,13 @@ class Outputs(NamedTuple):
 Gradients = tuple[Tensor | None, ...]  # one for each field of Need
 
 
+class Joinable(NamedTuple):
+    """What the rectangular form returns."""
+
+    o: Tensor
+    lse: Tensor
+
+
 class Need(NamedTuple):
     """Which inputs' gradients are wanted."""
 
@@ -119,9 +218,27 @@ class Need(NamedTuple):
     g: bool
     sink_bias: bool
 
+    @property
+    def decay(self) -> bool:
+        """False: there is no such input."""
+        return False
+
+
+class PrefillNeed(NamedTuple):
+    """The same of the rectangular form."""
+
+    q: bool
+    k: bool
+    v: bool
+    g: bool
+    sink_bias: bool
+    decay: bool
+
 
 FORWARD = Signature("parallel_attn_forward", Call, Outputs, without=("do_gate_scale", "mode"))
 PARALLEL = Signature("parallel_attn", Call, "Tensor", without=(*FORWARD.without, "output_rest"))
+PREFILL_FORWARD = Signature("attn_prefill_forward", Prefill, Outputs)
+PREFILL = Signature("attn_prefill", Prefill, Joinable, without=("output_rest",))
 DECODING = Signature("attn_decoding_one_step", Decoding, "Tensor")
 DISPATCHER = Signature("attn", Call, "Tensor", without=("output_rest",))
 
@@ -129,6 +246,13 @@ GRADIENT = Gradient(
     FORWARD,
     Need,
     saved=("q", "k", "v", "g", "sink_bias", "cu_seqlens", "o", "lse", "rest"),
+    forward_only=("output_rest",),
+    kept=("rest",),
+)
+PREFILL_GRADIENT = Gradient(
+    PREFILL_FORWARD,
+    PrefillNeed,
+    saved=("q", "k", "v", "g", "sink_bias", "cu_seqlens", "cu_seqlens_k", "decay", "o", "lse", "rest"),
     forward_only=("output_rest",),
     kept=("rest",),
 )

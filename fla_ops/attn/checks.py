@@ -6,7 +6,7 @@ import torch
 
 from fla_ops import validation as valid
 
-from .call import Call, Decoding
+from .call import Call, Decoding, Prefill
 
 GROUPED = ("q", "HQ", "k and v", "H")  # each key/value head serves HQ // H query heads
 
@@ -23,12 +23,30 @@ def inputs(c: Call) -> valid.Sizes:
     return sizes
 
 
+def prefill(c: Prefill) -> valid.Sizes:
+    """The arguments of one rectangular call; sizes may be symbolic."""
+    for given, other in (("cu_seqlens", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens")):
+        both = (getattr(c, given) is None) == (getattr(c, other) is None)
+        torch._check_value(
+            getattr(c, given) is None or both, lambda given=given, other=other: f"{given} was given without {other}"
+        )
+    sizes = _shared(c)
+    valid.floating(decay=c.decay)
+    valid.integral(cu_seqlens_k=c.cu_seqlens_k)
+    if c.softcap is not None:
+        torch._check_value(c.softcap > 0, lambda: f"softcap must be above 0, got {c.softcap}")
+    if c.gap is not None:
+        torch._check_value(c.gap >= 0, lambda: f"gap must be at least 0, got {c.gap}")
+    torch._check_value(c.decay is None or c.gap is not None, lambda: "decay was given without gap")
+    return sizes
+
+
 def decoding(c: Decoding) -> valid.Sizes:
     """The arguments of one decode step against packed caches; sizes may be symbolic."""
     return _shared(c)
 
 
-def _shared(c: Call | Decoding) -> valid.Sizes:
+def _shared(c: Call | Prefill | Decoding) -> valid.Sizes:
     sizes = valid.axes(c, grouped=GROUPED)
     valid.same_dtype(q=c.q, k=c.k, v=c.v)
     valid.floating(g=c.g, sink_bias=c.sink_bias)
@@ -39,4 +57,5 @@ def _shared(c: Call | Decoding) -> valid.Sizes:
 
 
 eager = valid.once(inputs)
+eager_prefill = valid.once(prefill)
 eager_decoding = valid.once(decoding)

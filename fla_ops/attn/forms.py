@@ -9,7 +9,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from fla_ops.dispatch import Family, Form, known, wants_gradient
 
 from . import call, checks
-from .call import Call
+from .call import Call, Joinable, Prefill
 
 NAMES = ("parallel", "decoding")
 
@@ -56,6 +56,12 @@ def parallel(c: Call) -> Tensor:
     c = c._replace(output_rest=wants_gradient(c))
     o: Tensor = torch.ops.fla.parallel_attn_forward(*call.FORWARD.arguments_of(c))[0]
     return o
+
+
+def prefill(c: Prefill) -> Joinable:
+    """The body of torch.ops.fla.attn_prefill."""
+    c = c._replace(output_rest=wants_gradient(c))
+    return Joinable(*torch.ops.fla.attn_prefill_forward(*call.PREFILL_FORWARD.arguments_of(c))[:2])
 
 
 FAMILY = Family(

@@ -231,10 +231,12 @@ def _attn(s: Sizes, normal: Draw, uniform: Draw) -> list[Problem]:
     B, T, HK, H, K, V = s.of("B T HK H K V")
     beside = {"sink_bias": normal(H), "window_size": 23}
     given = {"q": normal(B, T, H, K), "k": normal(B, T, HK, K), "v": normal(B, T, HK, V), "g": -uniform(B, T, H)}
+    chunk = given | beside | {"q": given["q"][:, -20:], "softcap": 2.0}
     caches: dict[str, Any] = {name: x[:1] for name, x in given.items()} | {"q": normal(1, len(OFFSETS) - 1, H, K)}
     caches |= {"scale": 0.3, "cu_seqlens": torch.tensor(OFFSETS)}
     return [
         *(Problem(form, given | beside, lambda **x: attn.parallel(**x)[0]) for form in ("attn", "parallel_attn")),
+        Problem("attn_prefill", chunk, attn.prefill),
         Problem("attn_decoding_one_step", caches | beside, attn.one_step, trained=False),
     ]
 

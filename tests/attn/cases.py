@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -246,7 +247,115 @@ def register_steps() -> None:
         register(add("+".join(given) or "bare", given, sizes, (COMBINATION,), **others))
 
 
+PREFILL_SIZES = {"B": 2, "T": 13, "TK": 37, "H": 3, "HQ": 6, "K": 10, "V": 7}
+OLDER = (3, 0, 9, 4, 5)  # keys of each sequence before those of its queries' steps
+PREFILL_OPTIONAL = ("g", "sink_bias", "cu_seqlens", "decay")
+
+
+def packed(offsets: tuple[int, ...], older: tuple[int, ...] = OLDER) -> dict[str, Any]:
+    """Sizes of packed queries, and of keys that each sequence has beside theirs."""
+    sizes = {"B": 1, "offsets": offsets, "older": older}
+    return sizes | {"TK": key_offsets(sizes)[-1]}
+
+
+def key_offsets(sizes: Mapping[str, Any]) -> list[int]:
+    """Offsets of the keys, from those of the queries."""
+    found, older = [0], sizes["older"]
+    for n, (start, end) in enumerate(pairwise(sizes["offsets"])):
+        found.append(found[-1] + max(0, end - start + older[n % len(older)]))
+    return found
+
+
+def prefill_inputs(
+    draw: Draw, sizes: Mapping[str, Any], given: tuple[str, ...] = (), wide: bool = True, **arguments: Any
+) -> Inputs:
+    """q, longer k and v, and the optional tensors in `given`; a callable argument changes its tensor."""
+    heads, query_heads, key, value = (sizes[letter] for letter in ("H", "HQ", "K", "V"))
+    batch, time, count = sizes.get("B"), sizes.get("T"), sizes["TK"]
+    if "cu_seqlens" in given:
+        offsets = key_offsets(sizes)
+        batch, time, count = 1, sizes["offsets"][-1], offsets[-1]
+    beside = draw.wide if wide else draw.dtype
+    built: Inputs = {
+        "q": draw.normal("q", (batch, time, query_heads, key)),
+        "k": draw.normal("k", (batch, count, heads, key)),
+        "v": draw.normal("v", (batch, count, heads, value)),
+    }
+    if "g" in given:
+        built["g"] = draw.decay("g", (batch, count, query_heads), dtype=beside)
+    if "decay" in given:
+        built["decay"] = draw.decay("decay", (batch, time, query_heads), -5.0, dtype=beside)
+    if "sink_bias" in given:
+        built["sink_bias"] = draw.normal("sink_bias", (query_heads,), dtype=beside)
+    if "cu_seqlens" in given:
+        built |= {"cu_seqlens": draw.integers(sizes["offsets"]), "cu_seqlens_k": draw.integers(offsets)}
+    for name, x in arguments.items():
+        built[name] = x(built[name]) if callable(x) else x
+    return built
+
+
+def prefill_case(
+    reason: str, given: tuple[str, ...], sizes: Mapping[str, Any], tags: tuple[str, ...] = (), **arguments: Any
+) -> Case:
+    """A case of the rectangular form."""
+    return Case(
+        id=reason,
+        operator="attn_prefill",
+        build=partial(prefill_inputs, given=given, **arguments),
+        sizes=sizes,
+        reference=reference.prefill,
+        outputs=("o", "lse"),
+        differentiable=(*DIFFERENTIABLE, "decay"),
+        tags=frozenset(tags),
+    )
+
+
+def register_prefill() -> None:
+    """Queries of the last steps, and of steps past all keys."""
+    add, sizes = prefill_case, PREFILL_SIZES
+    most = ("g", "sink_bias")
+    after = {"gap": 5}
+    pack = sizes | packed((0, 0, 1, 9, 9, 22))
+    strided_inputs = dict.fromkeys(("q", "k", "v", "g", "decay", "sink_bias"), strided)
+    register(
+        add("everything", (*most, "decay"), sizes, (INDUCTOR, EXPORT, SMALL), window_size=61, scale=0.3, **after),
+        add("last-steps", most, sizes, (INDUCTOR, SMALL), window_size=23, scale=0.3),
+        add("plain", (), sizes),
+        add("as-many-queries-as-keys", ("g",), sizes | {"T": 37}),
+        add("one-query", most, sizes | {"T": 1}, (SMALL,)),
+        add("no-queries", most, sizes | {"T": 0}),
+        add("no-keys", (*most, "decay"), sizes | {"TK": 0}, **after),
+        add("more-queries-than-keys", most, sizes | {"TK": 7}, (SMALL,)),
+        add("past-all-keys", ("g",), sizes, (SMALL,), **after),
+        add("capped", most, sizes, (SMALL,), softcap=2.0),
+        add("capped-past-all-keys", ("g", "decay"), sizes, softcap=2.0, **after),
+        add("strong-decay", most, sizes, (SMALL,), g=resets),
+        add("strong-decay-past-all-keys", (*most, "decay"), sizes, g=resets, **after),
+        add("window-of-one", most, sizes, window_size=1),
+        add("window-of-none", most, sizes, window_size=0),
+        add("window-that-ends-in-the-gap", most, sizes, (SMALL,), window_size=9, **after),
+        add("large-scores", ("g",), sizes, q=large_scores),
+        add("largest-score-first", most, sizes, (SMALL,), k=rising_scores, gap=0),
+        add("packed", ("cu_seqlens", *most), pack, (INDUCTOR, SMALL), window_size=11, softcap=3.0),
+        add("packed-past-all-keys", ("cu_seqlens", *most, "decay"), pack, (SMALL,), window_size=17, **after),
+        add("packed-int32-offsets", ("cu_seqlens",), pack, cu_seqlens=Tensor.int, cu_seqlens_k=Tensor.int),
+        add("packed-more-queries-than-keys", ("cu_seqlens", *most), sizes | packed((0, 5, 5, 13), (-3, 4, -8))),
+        add("not-contiguous", (*most, "decay"), sizes, (SMALL,), **strided_inputs, **after),
+        add("gates-and-sinks-in-the-activations-dtype", (*most, "decay"), sizes, wide=False, **after),
+        add("one-key-head", most, sizes | {"B": 1, "H": 1, "HQ": 5}, (SMALL,)),
+        add("widths-past-a-tile", most, sizes | {"K": 20, "V": 33}, (SMALL,)),
+    )
+    for i, given in enumerate(subsets_of(PREFILL_OPTIONAL)):
+        others: dict[str, Any] = {"gap": 2} if "decay" in given or i % 2 else {}
+        others |= {"window_size": 6} if i % 3 == 0 else {}
+        others |= {"softcap": 2.0} if i % 3 == 1 else {}
+        tiny = sizes | {"T": 3, "TK": 7, "K": 9}
+        tiny |= packed((0, 2, 2, 3, 5), (2, 3, 1)) if "cu_seqlens" in given else {}
+        register(prefill_case("+".join(given) or "bare", given, tiny, (COMBINATION,), **others))
+
+
 for form in FORMS:
     register_scenarios(form)
     register_combinations(form)
 register_steps()
+register_prefill()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fla_ops.attn import outputs
-from fla_ops.attn.call import DECODING, Call, Need
+from fla_ops.attn.call import DECODING, Call, Need, Prefill, PrefillNeed
 from fla_ops.attn.gpu import decoding, parallel, parallel_backward
 
 SIZES = {"batch": 1, "time": 256, "query_heads": 4, "heads": 2}  # widths decide, and whether a size divides by 16
@@ -38,6 +38,35 @@ def backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     parallel_backward.backward(c, saved._replace(rest=None), Need(True, True, True, True, True), saved)
 
 
+def rectangular(dtype: torch.dtype, key_width: int, value_width: int) -> Prefill:
+    """A call of the rectangular form with capped scores, its queries after all keys."""
+    c = call(dtype, key_width, value_width)
+    kept = {name: getattr(c, name) for name in ("q", "k", "v", "g", "window_size", "sink_bias", "output_rest")}
+    return Prefill(**kept, softcap=30.0, gap=3, decay=torch.zeros(c.g.shape))
+
+
+def prefill(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    parallel.prefill(rectangular(dtype, key_width, value_width)._replace(gap=None, decay=None))
+
+
+def after(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    parallel.prefill(rectangular(dtype, key_width, value_width))
+
+
+def prefill_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    _differentiate(rectangular(dtype, key_width, value_width)._replace(gap=None, decay=None))
+
+
+def after_backward(dtype: torch.dtype, key_width: int, value_width: int) -> None:
+    _differentiate(rectangular(dtype, key_width, value_width))
+
+
+def _differentiate(c: Prefill) -> None:
+    saved = outputs.empty(c)
+    need = PrefillNeed(True, True, True, True, True, c.decay is not None)
+    parallel_backward.backward(c, saved._replace(rest=None), need, saved)
+
+
 def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
     c = call(dtype, key_width, value_width)
     c = c._replace(q=c.q[:, :1], cu_seqlens=torch.tensor([0, SIZES["time"]]))
@@ -45,11 +74,11 @@ def step(dtype: torch.dtype, key_width: int, value_width: int) -> None:
 
 
 CALLS: dict[str, list[Callable[[torch.dtype, int, int], None]]] = {
-    "attn_forward": [forward],
-    "attn_query_gradient": [backward],
-    "attn_key_gradient": [backward],
+    "attn_forward": [forward, prefill, after],
+    "attn_query_gradient": [backward, prefill_backward, after_backward],
+    "attn_key_gradient": [backward, prefill_backward, after_backward],
     "attn_decay_sums": [backward],
-    "attn_decay_gradient": [backward],
+    "attn_decay_gradient": [backward, after_backward],
     "attn_row_terms": [backward],
     "attn_decoding": [step],
     "attn_join": [step],

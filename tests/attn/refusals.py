@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tests.attn.cases import FORMS
 from tests.refusals import Refusal, Row, beside_a_batch, by_id, of_packs, offsets
 
@@ -33,6 +35,45 @@ def of_decoding() -> list[Refusal]:
     return [Refusal(*row) for row in rows]
 
 
+def of_prefill() -> list[Refusal]:
+    """The rectangular form."""
+    found, value = by_id("attn_prefill"), ValueError
+    full, packed, bare = found["everything"], found["packed-int32-offsets"], found["plain"]
+    rows: list[Row] = [
+        ("offsets-past-T", packed, {"cu_seqlens": offsets(0, 0, 1, 9, 9, 23)}, value, "must end at T = 22, got 23"),
+        (
+            "offsets-past-TK",
+            packed,
+            {"cu_seqlens_k": offsets(0, 3, 4, 21, 25, 44)},
+            value,
+            "must end at TK = 43, got 44",
+        ),
+        (
+            "key-offsets-from-1",
+            packed,
+            {"cu_seqlens_k": offsets(1, 3, 4, 21, 25, 43)},
+            value,
+            "_k must start at 0, got 1",
+        ),
+        ("key-offsets-that-fall", packed, {"cu_seqlens_k": offsets(0, 3, 2, 21, 25, 43)}, value, "_k must never fall"),
+        ("offsets-alone", packed, {"cu_seqlens_k": None}, value, "cu_seqlens was given without cu_seqlens_k"),
+        ("key-offsets-alone", packed, {"cu_seqlens": None}, value, "cu_seqlens_k was given without cu_seqlens"),
+        (
+            "offsets-of-a-batch",
+            full,
+            dict.fromkeys(("cu_seqlens", "cu_seqlens_k"), torch.tensor([0, 13])),
+            value,
+            "B = 2",
+        ),
+        ("window-below-none", full, {"window_size": -1}, value, NEGATIVE_WINDOW),
+        ("no-cap", full, {"softcap": 0.0}, value, r"softcap must be above 0, got 0\.0"),
+        ("negative-gap", full, {"gap": -1}, value, "gap must be at least 0, got -1"),
+        ("decay-without-gap", full, {"gap": None}, value, "decay was given without gap"),
+        ("longer-values", bare, {"v": lambda x: x.repeat(1, 2, 1, 1)}, value, r"v must be \[B, TK, H, V\]"),
+    ]
+    return [Refusal(*row) for row in rows]
+
+
 def of_dispatcher() -> list[Refusal]:
     """A named form is used or refused, with the reason."""
     found = by_id("attn")
@@ -49,4 +90,4 @@ def of_dispatcher() -> list[Refusal]:
     ]
 
 
-REFUSALS = [*(r for form in FORMS for r in of_parallel(form)), *of_decoding(), *of_dispatcher()]
+REFUSALS = [*(r for form in FORMS for r in of_parallel(form)), *of_prefill(), *of_decoding(), *of_dispatcher()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -136,6 +137,63 @@ def test_parts_of_the_keys_join() -> None:
     total = torch.logaddexp(own_log, old_log)
     joined = own * (own_log - total).exp()[..., None] + old * (old_log - total).exp()[..., None]
     numerics.close(joined, fla_ops.parallel_attn(**x)[:, 10:])
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_prefill_in_chunks_is_the_whole(dtype: torch.dtype, window: int | None) -> None:
+    if INTERPRETED and dtype is torch.float64:
+        pytest.skip("the kernels compute in float32")
+    leaves = {**inputs(), "g": gates(), "sink_bias": draw(HQ, seed=5)}
+    leaves = {name: y.requires_grad_() for name, y in leaves.items()}  # the gradients of the chunks add up unrounded
+    x = {name: y.to(dtype) for name, y in leaves.items()}
+    whole = fla_ops.parallel_attn(**x, window_size=window)
+
+    def chunk(start: int, end: int) -> Tensor:
+        x = {name: y.to(dtype) for name, y in leaves.items()}
+        x |= {"q": x["q"][:, start:end]} | {name: x[name][:, :end] for name in ("k", "v", "g")}
+        return fla_ops.attn_prefill(**x, window_size=window)[0]
+
+    joined = torch.cat([chunk(*cut) for cut in pairwise((0, 1, 8, 21, T))], 1)
+    arriving = draw(*whole.shape, seed=6).to(dtype)
+    numerics.close(joined, whole)
+    found, expected = (torch.autograd.grad(o, list(leaves.values()), arriving) for o in (joined, whole))
+    for y, e in zip(found, expected, strict=True):
+        numerics.close(y, e, dtype)
+
+
+def test_keys_that_are_held_apart_join() -> None:
+    """Older keys in two pieces, with the decay since, and the rows' own."""
+    x, g, sink = inputs(), gates(), draw(HQ, seed=5)
+    if INTERPRETED:
+        x, g, sink = {name: y.float() for name, y in x.items()}, g.float(), sink.float()
+    cuts, rows = ((0, 6), (6, 15)), slice(15, T)
+    whole = fla_ops.parallel_attn(**x, g=g, window_size=25, sink_bias=sink)[:, rows]
+    own = {name: y[:, rows] for name, y in x.items()}
+    found = [forward(own, g=g[:, rows], window_size=25, sink_bias=sink)[:2]]
+    for start, end in cuts:
+        keys = {name: y[:, start:end] for name, y in {**x, "g": g}.items() if name != "q"}
+        decay = g[:, end:].cumsum(1)[:, rows.start - end :]
+        gap = rows.start - end
+        found.append(fla_ops.attn_prefill(own["q"], **keys, window_size=25, gap=gap, decay=decay))
+    total = torch.stack([lse for _, lse in found]).logsumexp(0)
+    numerics.close(sum(o * (lse - total).exp()[..., None] for o, lse in found), whole)
+
+
+def test_flops_of_prefill_count_what_is_seen() -> None:
+    x = inputs()
+
+    def count(queries: int, **others: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            fla_ops.attn_prefill(x["q"][:, :queries], x["k"], x["v"], **others)
+        return counter.get_total_flops()
+
+    pairs = B * HQ * 2 * (K + V)
+    assert count(T) == pairs * T * (T + 1) // 2
+    assert count(2) == pairs * (2 * T - 1)
+    assert count(2, window_size=5) == pairs * 10
+    assert count(2, gap=3) == pairs * 2 * T
+    assert count(2, gap=3, window_size=9) == pairs * (5 + 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

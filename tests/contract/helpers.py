@@ -39,7 +39,7 @@ from fla_ops import Operator
 from tests import numerics
 from tests.cases import COMBINATION, EXPORT, Case, Draw, Inputs, cases
 
-VARYING = ("B", "T", "N", "N+1", "P")
+VARYING = ("B", "T", "TK", "N", "N+1", "P")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
 DTYPES = {

@@ -57,6 +57,8 @@ def check_alone(case: Case, inputs: Inputs, spans: dict[str, slice], together: N
     own = {name: part_of(case, name, x, spans) for name, x in inputs.items() if not name.startswith("cu_seqlens")}
     if "cu_seqlens" in inputs:
         own["cu_seqlens"] = inputs["cu_seqlens"].new_tensor([0, spans["T"].stop - spans["T"].start])
+    if "cu_seqlens_k" in inputs:
+        own["cu_seqlens_k"] = inputs["cu_seqlens_k"].new_tensor([0, spans["TK"].stop - spans["TK"].start])
     if "slots" in inputs:
         own["slots"] = torch.zeros_like(own["slots"])  # of a pool with its row alone
     upstream = {name: part_of(case, name, x, spans) for name, x in arriving.items()}
@@ -80,6 +82,8 @@ def test_a_sequence_alone_or_in_a_pack(case: Case, device: str, dtype: torch.dty
     offsets = case.sizes["offsets"]
     for n, (start, end) in enumerate(pairwise(offsets)):
         spans = {"T": slice(start, end), "N": slice(n, n + 1)}
+        if "cu_seqlens_k" in inputs:
+            spans["TK"] = slice(*inputs["cu_seqlens_k"][n : n + 2].tolist())
         if "slots" in inputs:
             row = int(inputs["slots"][n])
             if row < 0:  # padding has no row

@@ -13,6 +13,7 @@ import fla_ops
 from fla_ops import launch
 from fla_ops.attn import reference
 from tests import numerics
+from tests.attn.cases import packed
 from tests.cases import Case, cases
 from tests.contract import test_numbers
 from tests.contract.helpers import INTERPRETED
@@ -61,6 +62,18 @@ def test_tiles_of_every_kind(name: str, dtype: torch.dtype) -> None:
 def test_packed_sequences_of_several_tiles() -> None:
     case = scenario("parallel_attn", "packed-with-empty-and-one-step").resized(offsets=(0, 0, 50, 51, 116), H=1, HQ=2)
     test_numbers.check_numbers(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["everything", "strong-decay", "capped", "strong-decay-past-all-keys"])
+def test_fewer_queries_than_keys(name: str) -> None:
+    case = scenario("attn_prefill", name).resized(B=1, T=50, TK=101, H=1, HQ=3)
+    test_numbers.check_numbers(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["packed", "packed-past-all-keys"])
+def test_packed_queries_and_keys_of_several_tiles(name: str) -> None:
+    sizes = packed((0, 0, 35, 36, 75), (3, 40, 0, 50))
+    test_numbers.check_numbers(scenario("attn_prefill", name).resized(H=1, HQ=2, **sizes), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["everything", "strong-decay", "plain"])

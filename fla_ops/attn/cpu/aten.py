@@ -8,9 +8,9 @@ from torch import Tensor
 from fla_ops.validation import state_dtype
 
 from .. import checks, outputs
-from ..call import RESIDUAL_SCALE, Call, Gradients, Need, Outputs
+from ..call import AFTER, RESIDUAL_SCALE, SAME, Call, Gradients, Need, Outputs, Prefill, PrefillNeed
 from . import decay
-from .aten_tiles import LOG2E, Piece, Run, Tile, pieces, prepare, query_heads, set_query_heads
+from .aten_tiles import LOG2E, NEVER, Piece, Run, copied, of_heads, pieces, prepare, query_heads
 
 LARGE = 2.0**40  # a row's weights in one tile may add up to this before they are taken relative to a larger score
 
@@ -18,59 +18,87 @@ LARGE = 2.0**40  # a row's weights in one tile may add up to this before they ar
 def forward(c: Call) -> Outputs:
     """Every row's output and the logarithm of its denominator, and o's rounding residual if that is asked for."""
     checks.eager(c)
-    o, lse, rest = outputs.without_keys(c) if c.window_size == 0 else outputs.empty(c)
+    return _forward(c)
+
+
+def prefill(c: Prefill) -> Outputs:
+    """The same for queries at later steps than most of their keys."""
+    checks.eager_prefill(c)
+    return _forward(c)
+
+
+def _forward(c: Call | Prefill) -> Outputs:
+    every_row_sees = c.place == SAME and c.window_size != 0
+    o, lse, rest = outputs.empty(c) if every_row_sees else outputs.without_keys(c)
     key_heads = c.k.shape[2]
     for piece in pieces(c):
+        if piece.is_blank:
+            continue
         out, logs = _attend(prepare(c, piece))
         if c.sink_bias is not None:
             with_sink = torch.logaddexp(logs, _sinks(c, piece))
-            out *= (logs - with_sink).exp_()
+            out *= (logs - _finite(with_sink)).exp_()
             logs = with_sink
-        set_query_heads(o, piece, key_heads, out)
+        query_heads(o, piece, piece.rows, key_heads).copy_(out)
         if rest is not None:
-            set_query_heads(rest, piece, key_heads, out.sub_(out.to(o.dtype)).mul_(RESIDUAL_SCALE))
-        set_query_heads(lse[..., None], piece, key_heads, logs)
+            out.sub_(out.to(o.dtype)).mul_(RESIDUAL_SCALE)
+            query_heads(rest, piece, piece.rows, key_heads).copy_(out)
+        of_heads(lse, piece, piece.rows, key_heads).copy_(logs.squeeze(-1))
     return Outputs(o, lse, rest)
 
 
-def backward(c: Call, d: Outputs, need: Need, saved: Outputs) -> Gradients:
+def backward(c: Call | Prefill, d: Outputs, need: Need | PrefillNeed, saved: Outputs) -> Gradients:
     """The gradients that are needed, each in its input's dtype."""
     if c.window_size == 0:
         return outputs.gradients_without_keys(c, d, need)
     dtype, key_heads = state_dtype(c.q), c.k.shape[2]
-    grads = [x.new_empty(x.shape) if want else None for want, x in zip(need[:4], (c.q, c.k, c.v, c.g), strict=True)]
-    dsink = c.q.new_zeros((key_heads, c.q.shape[2] // key_heads), dtype=torch.float64) if need.sink_bias else None
+    grads = {name: torch.zeros_like(x) for name, x in zip(need._fields, _inputs(c, need), strict=True) if x is not None}
+    dsink = c.q.new_zeros((key_heads, c.q.shape[2] // key_heads), dtype=torch.float64)
     for piece in pieces(c):
-        logs, upstream, out = (query_heads(x, piece, key_heads, dtype) for x in (saved.lse[..., None], d.o, saved.o))
+        rows = piece.rows
+        logs = copied(query_heads(saved.lse[..., None], piece, rows, key_heads), dtype)
+        upstream, out = (copied(query_heads(x, piece, rows, key_heads), dtype) for x in (d.o, saved.o))
         if saved.rest is not None:
-            out.add_(query_heads(saved.rest, piece, key_heads, dtype), alpha=1 / RESIDUAL_SCALE)
+            out.add_(query_heads(saved.rest, piece, rows, key_heads), alpha=1 / RESIDUAL_SCALE)
         delta = (out * upstream).sum(-1, keepdim=True)
         if d.lse is not None:
-            delta -= query_heads(d.lse[..., None], piece, key_heads, dtype)
-        if dsink is not None:
+            delta -= query_heads(d.lse[..., None], piece, rows, key_heads)
+        logs = _finite(logs)
+        if need.sink_bias:
             share = (_sinks(c, piece) - logs).exp_().mul_(delta)
-            dsink[piece[2]] -= share.sum((2, 3), dtype=torch.float64)
-        if not any(need[:4]):
+            dsink[piece.heads] -= share.sum((2, 3), dtype=torch.float64)
+        if piece.is_blank or not any(name != "sink_bias" for name in grads):
             continue
-        dq, dk, dv, dsums = _differentiate(prepare(c, piece), upstream, logs * LOG2E, delta, need)
-        dg = None
-        if dq is not None:
-            dq.mul_(c.factor)
-        if dk is not None:
-            dk.div_(LOG2E)
-        if dsums is not None:
-            steps = query_heads(c.g[..., None], piece, key_heads, c.g.dtype).squeeze(-1)
-            dg = decay.gradient(dsums, steps)
-        for whole, part in zip(grads, (dq, dk, dv, dg), strict=True):
-            if whole is not None:
-                one = whole.dim() == 3
-                set_query_heads(whole[..., None] if one else whole, piece, key_heads, part[..., None] if one else part)
-    return *grads, dsink.flatten().to(c.sink_bias.dtype) if dsink is not None else None
+        found = _differentiate(prepare(c, piece), upstream, logs * LOG2E, delta, need)
+        if need.q:
+            found["q"].mul_(c.factor)
+        if need.k:
+            found["k"].div_(LOG2E)
+        if need.g:
+            gates = of_heads(c.g, piece, piece.columns, key_heads)
+            found["g"] = decay.gradient(found["g"], gates, c.place == AFTER)
+        for name, part in found.items():
+            whole, steps = grads[name], rows if name in ("q", "decay") else piece.columns
+            of = of_heads if whole.dim() == 3 else query_heads
+            of(whole, piece, steps, key_heads).copy_(part)
+    if need.sink_bias:
+        grads["sink_bias"] = dsink.flatten().to(c.sink_bias.dtype)
+    return tuple(grads.get(name) for name in need._fields)
 
 
-def _sinks(c: Call, piece: Piece) -> Tensor:
+def _inputs(c: Call | Prefill, need: Need | PrefillNeed) -> tuple[Tensor | None, ...]:
+    """Those whose gradients are needed."""
+    return tuple(getattr(c, name) if wanted else None for name, wanted in zip(need._fields, need, strict=True))
+
+
+def _sinks(c: Call | Prefill, piece: Piece) -> Tensor:
     """The sinks of a piece, [P, G, 1, 1]."""
-    return c.sink_bias.to(state_dtype(c.q)).view(c.k.shape[2], -1)[piece[2], :, None, None]
+    return c.sink_bias.to(state_dtype(c.q)).view(c.k.shape[2], -1)[piece.heads, :, None, None]
+
+
+def _finite(logs: Tensor) -> Tensor:
+    """Zero in place of the logarithm of nothing, beside which exponents are -inf too."""
+    return logs.masked_fill(logs == NEVER, 0.0)
 
 
 def _attend(run: Run) -> tuple[Tensor, Tensor]:
@@ -83,14 +111,15 @@ def _attend(run: Run) -> tuple[Tensor, Tensor]:
     result = run.queries.new_empty((pairs, group, time, run.values.shape[2]))
     logs = run.queries.new_empty((pairs, group, time, 1))
     for a, b in run.blocks():
-        x = run.diagonal(a, b, None)
-        reference = x.amax(-1, keepdim=True)
-        weights = run.weights(x.sub_(reference), run.sums is not None)
+        nearest = run.nearest(a, b)
+        x = run.near(a, b, None)
+        reference = _finite(x.amax(-1, keepdim=True))
+        weights = run.weights(x.sub_(reference), nearest.negligible)
         total = weights.sum(-1, keepdim=True)
-        out = torch.bmm(weights, run.values[:, a:b])
+        out = torch.bmm(weights, run.values[:, nearest.first : nearest.last])
         tiles = run.tiles(a, b, reference.unflatten(1, (group, -1)))
         if tiles:
-            rows = run.extended(a, b, tiles[0].first, reference.unflatten(1, (group, -1)))
+            rows = run.extended(a, b, tiles[0].first, nearest.first, reference.unflatten(1, (group, -1)))
         for tile in reversed(tiles):
             weights = run.weights(run.scores(rows, a, tile), tile.negligible)
             added = weights.sum(-1, keepdim=True)
@@ -107,51 +136,72 @@ def _attend(run: Run) -> tuple[Tensor, Tensor]:
                 added = weights.sum(-1, keepdim=True)
             total += added
             out.baddbmm_(weights, run.values[:, tile.first : tile.last])
-        result[:, :, a:b] = out.div_(total).unflatten(1, (group, -1))
-        logs[:, :, a:b] = total.log2_().add_(reference).div_(LOG2E).unflatten(1, (group, -1))
+        found = run.of_rows(a, b)
+        result[:, :, found] = out.div_(total.masked_fill(total == 0, 1.0)).unflatten(1, (group, -1))
+        logs[:, :, found] = total.log2_().add_(reference).div_(LOG2E).unflatten(1, (group, -1))
     return result, logs
 
 
-def _differentiate(run: Run, do: Tensor, lse: Tensor, delta: Tensor, need: Need) -> list[Tensor | None]:
-    """dq / scale [P, G, T, K], dk log2(e) [P, 1, T, K], dv [P, 1, T, V] and the gradient of G [P, G, T].
+def _differentiate(run: Run, do: Tensor, lse: Tensor, delta: Tensor, need: Need | PrefillNeed) -> dict[str, Tensor]:
+    """dq / scale [P, G, T, K], dk log2(e) [P, 1, TK, K], dv [P, 1, TK, V], and for g the gradient of G [P, G, TK].
 
     With p_ij = exp2(x_ij - lse_i): dv_j = sum_i p_ij do_i, dx_ij = p_ij (do_i . v_j - delta_i), delta_i = do_i . o_i -
     dlse_i. The subtraction is one more channel of do and v.
     """
     group = run.queries.shape[1]
-    dqueries = torch.zeros_like(run.queries) if need.q else None
-    dkeys = torch.zeros_like(run.keys[..., : run.width]) if need.k else None
-    dvalues = torch.zeros_like(run.values) if need.v else None
-    dsums = torch.zeros_like(run.queries[..., 0]) if need.g else None
+    found = {
+        "q": torch.zeros_like(run.queries) if need.q else None,
+        "k": torch.zeros_like(run.keys[..., : run.width]) if need.k else None,
+        "v": torch.zeros_like(run.values) if need.v else None,
+        "g": run.queries.new_zeros((*run.queries.shape[:2], run.count)) if need.g else None,
+        "decay": torch.zeros_like(run.queries[..., 0]) if need.decay else None,
+    }
     values = torch.nn.functional.pad(run.values, (0, 1), value=1.0)
     spare = torch.empty_like(run.buffer)
+    if run.softcap is not None:
+        run.slopes = torch.empty_like(run.buffer)
     for a, b in run.blocks():
-        reference = lse[:, :, a:b]
-        tiles = run.tiles(a, b, reference)
+        seen = run.of_rows(a, b)
+        reference = lse[:, :, seen]
+        nearest, tiles = run.nearest(a, b), run.tiles(a, b, reference)
         if tiles:
-            rows = run.extended(a, b, tiles[0].first, reference)
-        queries = run.queries[:, :, a:b].flatten(1, 2)
-        upstream = torch.cat([do[:, :, a:b], -delta[:, :, a:b]], -1).flatten(1, 2)
+            rows = run.extended(a, b, tiles[0].first, nearest.first, reference)
+        queries = run.queries[:, :, seen].flatten(1, 2)
+        upstream = torch.cat([do[:, :, seen], -delta[:, :, seen]], -1).flatten(1, 2)
         dq = torch.zeros_like(queries) if need.q else None
-        for tile in [Tile(a, b, True, run.sums is not None), *tiles]:
+        for tile in [nearest, *tiles]:
             first, last = tile.first, tile.last
-            x = run.diagonal(a, b, reference) if first == a else run.scores(rows, a, tile)
+            x = run.near(a, b, reference) if tile is nearest else run.scores(rows, a, tile)
             weights = run.weights(x, tile.negligible)
             if need.v:
-                dvalues[:, first:last] += torch.bmm(weights.mT, upstream[..., :-1])
-            if not (need.q or need.k or need.g):
+                found["v"][:, first:last] += torch.bmm(weights.mT, upstream[..., :-1])
+            if not (need.q or need.k or need.g or need.decay):
                 continue
             dx = spare[: weights.numel()].view_as(weights)
             torch.bmm(upstream, values[:, first:last].mT, out=dx).mul_(weights)
+            if need.g or need.decay:
+                _add_sums(run, found, dx.unflatten(1, (group, -1)), (seen, slice(a, b), slice(first, last)))
+            if run.softcap is not None:
+                dx *= run.slopes_of(dx)
             if need.q:
                 dq.baddbmm_(dx, run.keys[:, first:last, : run.width])
             if need.k:
-                dkeys[:, first:last] += torch.bmm(dx.mT, queries)
-            if need.g:
-                per_head = dx.unflatten(1, (group, -1))
-                dsums[..., a:b] += per_head.sum(-1)
-                dsums[..., first:last] -= per_head.sum(-2)
+                found["k"][:, first:last] += torch.bmm(dx.mT, queries)
         if need.q:
-            dqueries[:, :, a:b] = dq.unflatten(1, (group, -1))
-    one = [None if x is None else x[:, None] for x in (dkeys, dvalues)]
-    return [dqueries, *one, dsums]
+            found["q"][:, :, seen] = dq.unflatten(1, (group, -1))
+    for name in ("k", "v"):
+        found[name] = None if found[name] is None else found[name][:, None]
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _add_sums(run: Run, found: dict[str, Tensor | None], dx: Tensor, spans: tuple[slice, slice, slice]) -> None:
+    """Sums over rows and columns of dx [P, G, rows, columns], to the gradients of what decays: `spans` are those of the
+    rows in the piece, of the rows among the columns, and of the columns.
+    """
+    rows, steps, columns = spans
+    if found["decay"] is not None:
+        found["decay"][..., rows] += dx.sum(-1)
+    if found["g"] is not None:
+        if not run.after:
+            found["g"][..., steps] += dx.sum(-1)
+        found["g"][..., columns] -= dx.sum(-2)

@@ -18,7 +18,11 @@ def sums(g: Tensor) -> tuple[Tensor, Tensor]:
     return g.double().masked_fill_(forgets, 0).cumsum(-1), since
 
 
-def gradient(dsums: Tensor, g: Tensor) -> Tensor:
-    """dg [..., T] from the gradient of the running sums, in float64; none where a step forgets."""
-    dg = dsums.double().flip(-1).cumsum(-1).flip(-1)
+def gradient(dsums: Tensor, g: Tensor, after: bool = False) -> Tensor:
+    """dg [..., T] from the gradient of the running sums, in float64; none where a step forgets.
+
+    If rows come `after` all steps, what they add to the last sum is what the columns take from the others.
+    """
+    wide = dsums.double()
+    dg = wide - wide.cumsum(-1) if after else wide.flip(-1).cumsum(-1).flip(-1)
     return dg.masked_fill_(g <= FORGETS, 0)

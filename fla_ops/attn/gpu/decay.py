@@ -24,10 +24,10 @@ from fla_ops.common.gpu.chunk_index import sequence_bounds
 from fla_ops.common.gpu.tiles import nearest, split_program
 
 from .. import call
-from ..call import Call
+from ..call import Call, Prefill
+from .scores import LOG2E
 
 FORGETS = tl.constexpr(call.FORGETS)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Gates(NamedTuple):
@@ -149,7 +149,7 @@ def attn_decay_sums_kernel(
         tl.store(until + base + t, end, mask=inside)
 
 
-def decay_sums(c: Call, backward: bool = False) -> Gates:
+def decay_sums(c: Call | Prefill, backward: bool = False) -> Gates:
     """The arrays for a call's g, contiguous; `until` only for the gradient."""
     if c.g is None:
         return Gates()
@@ -162,16 +162,16 @@ def decay_sums(c: Call, backward: bool = False) -> Gates:
     rows, call = _blocks(c, entry)
     totals = torch.empty(heads, rows, dtype=torch.float64, device=c.g.device)
     newest, oldest = (torch.empty(heads, rows, dtype=torch.int32, device=c.g.device) for _ in range(2))
-    blocks, sizes = (totals, newest, oldest), (c.cu_seqlens, time, c.sequences, rows)
+    blocks, sizes = (totals, newest, oldest), (c.key_offsets, time, c.sequences, rows)
     launch.run(attn_decay_totals_kernel, rows * heads, c.g, *blocks, *sizes, **call)
     launch.run(attn_decay_sums_kernel, rows * heads, c.g, *blocks, *gates, *sizes, batch * time, **call)
     return gates
 
 
-def _blocks(c: Call, entry: launch.Entry) -> tuple[int, dict[str, int]]:
+def _blocks(c: Call | Prefill, entry: launch.Entry) -> tuple[int, dict[str, int]]:
     """How many rows hold all blocks of steps, and constants of the kernels that walk them."""
     steps = entry["BT"]
-    if c.cu_seqlens is None:
+    if c.key_offsets is None:
         rows = c.g.shape[0] * triton.cdiv(c.g.shape[1], steps)
     else:
         rows = c.g.shape[1] // steps + c.sequences
@@ -189,16 +189,20 @@ def attn_change_totals_kernel(
     row, head, _ = split_program(1, HQ)
     start, length, block, _ = locate_block(row, cu_seqlens, T, N, BT, BP)
     at = head.to(tl.int64) * TOTAL + start + block * BT
-    change = load_change(drow + at, dcolumn + at, length - block * BT, BT)
+    if drow is not None:
+        drow += at
+    change = load_change(drow, dcolumn + at, length - block * BT, BT)
     tl.store(totals + head.to(tl.int64) * ROWS + row, tl.sum(change, 0))
 
 
 @triton.jit
 def load_change(drow, dcolumn, steps, BT: tl.constexpr):
-    """drow - dcolumn of the `steps` steps of a block, [BT] in float64, zero past them."""
+    """drow - dcolumn of the `steps` steps of a block, [BT] in float64, zero past them; drow may be None."""
     t = tl.arange(0, BT)
-    change = tl.load(drow + t, mask=t < steps, other=0.0).to(tl.float64)
-    return change - tl.load(dcolumn + t, mask=t < steps, other=0.0).to(tl.float64)
+    change = -tl.load(dcolumn + t, mask=t < steps, other=0.0).to(tl.float64)
+    if drow is not None:
+        change += tl.load(drow + t, mask=t < steps, other=0.0).to(tl.float64)
+    return change
 
 
 @triton.jit(do_not_specialize=["T", "N", "ROWS", "TOTAL"])
@@ -208,16 +212,24 @@ def attn_decay_gradient_kernel(
     T, N, ROWS, TOTAL,
     HQ: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
 ):
-    """dg_t = sum_{s >= t} (drow_s - dcolumn_s), none where a step forgets."""
+    """dg_t = sum_{s >= t} (drow_s - dcolumn_s), none where a step forgets.
+
+    Without drow, all rows come after all columns: what they add to the last sum is what the columns take from the
+    others, and dg_t = sum_{s < t} dcolumn_s.
+    """
     row, head, _ = split_program(1, HQ)
     start, length, block, origin = locate_block(row, cu_seqlens, T, N, BT, BP)
     steps = length - block * BT
     if steps <= 0:
         return
     first = head.to(tl.int64) * TOTAL + start + block * BT
-    change = load_change(drow + first, dcolumn + first, steps, BT)
     blocks = head.to(tl.int64) * ROWS + origin  # where those of the sequence lie
-    sums = sum_of(totals + blocks, block + 1, tl.cdiv(length, BT), BP) + tl.cumsum(change, 0, reverse=True)
+    if drow is not None:
+        change = load_change(drow + first, dcolumn + first, steps, BT)
+        sums = sum_of(totals + blocks, block + 1, tl.cdiv(length, BT), BP) + tl.cumsum(change, 0, reverse=True)
+    else:
+        change = load_change(drow, dcolumn + first, steps, BT)
+        sums = change - (sum_of(totals + blocks, 0, block, BP) + tl.cumsum(change, 0))
     t = tl.arange(0, BT)
     at = (start + block * BT + t) * HQ + head
     forgets = tl.load(g + at, mask=t < steps, other=0.0).to(tl.float32) <= FORGETS
@@ -225,13 +237,15 @@ def attn_decay_gradient_kernel(
     tl.store(dg + at, nearest(found, dg.dtype.element_ty), mask=t < steps)
 
 
-def decay_gradient(c: Call, drow: Tensor, dcolumn: Tensor) -> Tensor:
-    """dg [B, T, HQ] from the sums of the scores' gradient over each row and each column, [HQ, B * T]."""
+def decay_gradient(c: Call | Prefill, drow: Tensor | None, dcolumn: Tensor) -> Tensor:
+    """dg [B, TK, HQ] from the sums of the scores' gradient over each row and each column, [HQ, B * TK]; those over rows
+    are None where rows come after all columns.
+    """
     batch, time, heads = c.g.shape
     dg = torch.empty(c.g.shape, dtype=c.g.dtype, device=c.g.device)
     rows, call = _blocks(c, launch.entry("attn_decay_gradient", c.g, 1, 1))
     totals = torch.empty(heads, rows, dtype=torch.float64, device=c.g.device)
-    changes, sizes = (drow, dcolumn, totals), (c.cu_seqlens, time, c.sequences, rows, batch * time)
+    changes, sizes = (drow, dcolumn, totals), (c.key_offsets, time, c.sequences, rows, batch * time)
     launch.run(attn_change_totals_kernel, rows * heads, *changes, *sizes, **call)
     launch.run(attn_decay_gradient_kernel, rows * heads, c.g, *changes, dg, *sizes, **call)
     return dg

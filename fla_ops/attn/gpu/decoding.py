@@ -21,8 +21,8 @@ from fla_ops.common.gpu.tiles import dot, nearest, split_program
 
 from .. import checks
 from ..call import Decoding
-from .decay import LOG2E
 from .parallel import WIDEST, refuse_widths
+from .scores import LOG2E
 
 NEVER = tl.constexpr(float("-inf"))
 
