@@ -25,10 +25,12 @@ FLOOR = {
 
 
 def error(x: Tensor, truth: Tensor) -> float:
-    """Norm of the difference relative to the truth's; where the truth is zero, the norm itself."""
-    truth = truth.detach().double()
-    size = float(truth.norm())
-    difference = float((x.detach().double() - truth).norm())
+    """Norm of the difference relative to the truth's; where the truth is zero, the norm itself. Where both are the same
+    infinity they do not differ.
+    """
+    x, truth = x.detach().double(), truth.detach().double()
+    size = float(truth.masked_fill(truth.isinf(), 0).norm())
+    difference = float((x - truth).masked_fill(x == truth, 0).norm())
     return difference / size if size > 0 else difference
 
 
