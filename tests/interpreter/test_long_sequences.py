@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+import fla_ops
 from fla_ops.common.gpu.decay import factor
+from fla_ops.gated_delta_rule import reference as gated_delta_rule
 from fla_ops.simple_gla import reference
 from fla_ops.simple_gla.call import Call, Need, Outputs
 from fla_ops.simple_gla.gpu import fused_recurrent
@@ -75,3 +81,21 @@ def test_gradients_of_strong_gates(reverse: bool) -> None:
     found = fused_recurrent.backward(c, Outputs(do, dfinal), Need(True, True, True, True, False, False))
     for result, expected in zip(found, truth, strict=False):
         assert numerics.error(result, expected) <= numerics.FLOOR[torch.float32]
+
+
+def test_gate_gradients_of_the_delta_rule_beside_bfloat16() -> None:
+    """What later steps read and what earlier ones wrote nearly cancel over a few chunks."""
+    torch.manual_seed(0)
+    activations = [torch.randn(1, 256, 1, 64).bfloat16() for _ in range(3)]
+    gates = [-0.1 * torch.rand(1, 256, 1), torch.rand(1, 256, 1)]
+    arriving = torch.randn(1, 256, 1, 64).bfloat16(), torch.randn(1, 1, 64, 64)
+    state = torch.randn(1, 1, 64, 64)
+
+    def gradient(dtype: torch.dtype | None, function: Callable[..., tuple[Tensor, Tensor | None]]) -> Tensor:
+        q, k, v, g, beta, initial = (x.to(dtype or x.dtype) for x in (*activations, *gates, state))
+        outputs = function(q, k, v, g.requires_grad_(), beta, initial_state=initial, use_qk_l2norm_in_kernel=True)
+        return torch.autograd.grad(outputs, g, [d.to(o.dtype) for d, o in zip(arriving, outputs, strict=True)])[0]
+
+    found = gradient(None, partial(fla_ops.chunk_gated_delta_rule, output_final_state=True))
+    reference, truth = (gradient(dtype, gated_delta_rule.recurrent) for dtype in (None, torch.float64))
+    numerics.check({"g": found}, {"g": reference}, {"g": truth}, torch.bfloat16)

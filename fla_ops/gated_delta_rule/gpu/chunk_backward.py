@@ -36,7 +36,7 @@ from ..call import Call, Need, Outputs
 from .chunks import chunks_of, is_half
 from .inverses import systems
 from .normalization import as_given
-from .products import inverse_norm, load_steps, rounded_dot, squared_norm, state_dot
+from .products import inverse_norm, load_steps, precise_dot, rounded_dot, squared_norm
 from .state_gradients import WalkBack, walk_back
 from .states import Walk, kept_states, walk
 
@@ -117,9 +117,9 @@ def delta_gradient_kernel(
             products += tl.sum(error * derror, 1)
         if READ:
             dout = load_rows(do, first, steps, value, H, V, BT, BV)
-            x += state_dot(dout, tl.trans(error), dtype, HALF, PRECISION)
+            x += precise_dot(dout, tl.trans(error), HALF, PRECISION)
         if WRITTEN:
-            y += state_dot(derror, tl.trans(error), dtype, HALF, PRECISION)
+            y += precise_dot(derror, tl.trans(error), HALF, PRECISION)
     if dbeta is not None:
         tl.store(dbeta + (first + t) * H + head, nearest(products, dbeta.dtype.element_ty), mask=t < steps)
     if READ:
@@ -144,13 +144,13 @@ def delta_gradient_kernel(
                 at, inside = state_tile(row * H + head, key, value, K, V, BK, BV, False)
                 state = tl.load(states + at, mask=inside, other=0.0)
                 dout = load_rows(do, first, steps, value, H, V, BT, BV)
-                dqueries += state_dot(dout, tl.trans(state), dtype, HALF, PRECISION)
+                dqueries += precise_dot(dout, tl.trans(state), HALF, PRECISION)
                 if WRITTEN:
                     derror = load_rows(solved + head * V, first, steps, value, H, V, BT, BV)
-                    reading += state_dot(derror, tl.trans(state), dtype, HALF, PRECISION)
+                    reading += precise_dot(derror, tl.trans(state), HALF, PRECISION)
                     dstate = tl.load(dstates + at, mask=inside, other=0.0)
                     error = load_rows(errors + head * V, first, steps, value, H, V, BT, BV)
-                    dkeys += state_dot(error, tl.trans(dstate), dtype, HALF, PRECISION)
+                    dkeys += precise_dot(error, tl.trans(dstate), HALF, PRECISION)
                     overlap += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
             queries = load_rows(q, first, steps, key, HK, K, BT, BK)
             keys = load_rows(k, first, steps, key, HK, K, BT, BK)

@@ -68,15 +68,6 @@ def rounded_dot(a, b, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def state_dot(a, state, dtype: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr):
-    """a state, with all that a state in float32 has; beside bfloat16, a is rounded to it."""
-    if dtype == tl.bfloat16:
-        return precise_dot(rounded(a, dtype), state, HALF, PRECISION)
-    else:
-        return precise_dot(a, state, HALF, PRECISION)
-
-
-@triton.jit
 def load_steps(
     x,                          # [time, H]
     first, steps, head,
