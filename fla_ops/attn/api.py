@@ -43,7 +43,8 @@ def parallel_attn(
         window_size: how many keys a row sees, its own included; with 0 it sees none, and its output is zero. None
             means all up to its own.
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T,
-            never falls; a sequence may be empty. None means a batch of B sequences.
+            never falls; a sequence may be empty. On a GPU, where no value can be read back, wrong ones count as their
+            running maximum from 0 to T. None means a batch of B sequences.
         chunk_indices: [chunks, 2], integers, beside cu_seqlens. It is accepted for compatibility, and its values are
             not read, because where the blocks of packed sequences lie is found on the device.
         sink_bias: [HQ], the logarithm of one more term in the denominator; any floating dtype. None means there is
@@ -78,7 +79,8 @@ def attn_prefill(
         window_size: how many keys a row sees, its own included and those of the gap too; with 0 it sees none. None
             means all up to its own.
         cu_seqlens, cu_seqlens_k: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1, in q and in k,
-            v and g; they start at 0, end at T and TK, and never fall; a sequence may be empty in either. None means a
+            v and g; they start at 0, end at T and TK, and never fall; a sequence may be empty in either. On a GPU,
+            where no value can be read back, wrong ones count as their running maximum from 0 to T or TK. None means a
             batch of B sequences.
         sink_bias: [HQ], the logarithm of one more term in the denominator; any floating dtype. None means there is
             none.
@@ -162,7 +164,8 @@ def attn(
         window_size: how many keys a row sees, its own included; with 0 it sees none, and its output is zero. None
             means all up to its own.
         cu_seqlens: [N + 1] int32 or int64, offsets of sequences packed into a batch of 1; starts at 0, ends at T,
-            never falls; a sequence may be empty. None means a batch of B sequences.
+            never falls; a sequence may be empty. On a GPU, where no value can be read back, wrong ones count as their
+            running maximum from 0 to T. None means a batch of B sequences.
         chunk_indices: as for parallel_attn, which does not read its values either.
         do_gate_scale: whether to multiply g by scale first; only in decoding.
         sink_bias: [HQ], the logarithm of one more term in the denominator; any floating dtype. None means there is
